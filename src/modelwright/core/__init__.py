@@ -1,0 +1,1 @@
+"""The kernel: knows models and training, knows no method."""

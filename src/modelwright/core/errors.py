@@ -1,0 +1,32 @@
+"""What a person is told when something they gave cannot work."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input: what is wrong, why, and how to mend it.
+
+    The command line prints it as one sentence and exits with code 2; in Python it is an ordinary exception.
+    """
+
+    def __init__(self, what: str, why: str = "", how: str = ""):
+        self.what, self.why, self.how = what, why, how
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = self.what
+        if self.why:
+            text += f", because {self.why}"
+        if self.how:
+            text += f"; {self.how}"
+        return text
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint that names the nearest known word, else all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return "known: " + ", ".join(known) if known else "none is known here"

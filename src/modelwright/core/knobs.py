@@ -1,0 +1,204 @@
+"""Knobs: the settings of a method, a frozen dataclass at the head of the method's file.
+
+The command line, the recipe, `show` and the docs are read off the same dataclass. Nothing here imports torch, so a
+recipe is checked in a fraction of a second.
+"""
+
+import dataclasses
+import math
+import re
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from modelwright.core.errors import UserError, did_you_mean
+
+_SUFFIX = {"k": 1e3, "m": 1e6, "b": 1e9}
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(?<!\.txt)(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
+
+
+def knob(default: Any = MISSING, help: str = "", *, low: float | None = None, high: float | None = None,
+         path: bool = False) -> Any:
+    """One setting: default, meaning with its unit, inclusive bounds, and whether it names a file or folder."""
+    meta = {"help": help, "low": low, "high": high, "path": path}
+    if isinstance(default, (list, dict)):
+        copy = default
+        return dataclasses.field(default_factory=lambda: type(copy)(copy), metadata=meta)
+    if dataclasses.is_dataclass(default) and not isinstance(default, type):
+        return dataclasses.field(default_factory=lambda: default, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where rows come from. A bare string in a recipe is the path."""
+
+    path: str | None = knob(None, "text, jsonl, json, csv or parquet file, folder of text files, or hub id; empty: the dataset of an earlier step", path=True)
+    column: str | None = knob(None, "column that holds the text (or token ids); needed for tables")
+    split: str = knob("train", "split of a hub dataset")
+    limit: int | None = knob(None, "use at most this many rows", low=1)
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long and how fast to train. Defaults suit a small model; a recipe states its paper's."""
+
+    tokens: int | None = knob(None, "training tokens, padding excluded; overrides epochs", low=1)
+    epochs: float = knob(1.0, "passes over the data", low=0)
+    lr: float = knob(1e-3, "peak learning rate", low=0)
+    schedule: Literal["linear", "cosine", "constant"] = knob("linear", "learning rate after warm-up")
+    warmup: float = knob(0.03, "share of the steps with rising learning rate", low=0, high=1)
+    batch: int = knob(8, "sequences per device and forward pass", low=1)
+    accumulate: int = knob(1, "forward passes per optimizer step", low=1)
+    context: int = knob(256, "tokens per sequence", low=2)
+    weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
+    clip: float = knob(1.0, "gradient norm limit; 0: none", low=0)
+    eval_every: int | None = knob(None, "steps between evaluations; empty: about ten in the run", low=1)
+    save_every: int = knob(200, "steps between resumable states", low=1)
+    gradient_checkpointing: bool = knob(False, "recompute activations to save memory")
+    record: bool = knob(True, "write the training dynamics to dynamics.parquet")
+
+
+def number(value: Any) -> float:
+    """3, "3e-4", "300k" and "1.5M" as a number."""
+    if isinstance(value, bool):
+        raise ValueError(value)
+    if isinstance(value, str):
+        text = value.strip().replace("_", "")
+        if text[-1:].lower() in _SUFFIX:
+            return float(text[:-1]) * _SUFFIX[text[-1].lower()]
+        return float(text)
+    return float(value)
+
+
+def type_name(kind: Any) -> str:
+    """A type as a person would say it."""
+    if get_origin(kind) is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(type_name(a) for a in get_args(kind) if a is not type(None))
+    if get_origin(kind) is list:
+        return f"list of {type_name(get_args(kind)[0])}"
+    if get_origin(kind) is dict:
+        return "mapping"
+    return {int: "whole number", float: "number", bool: "true or false", str: "text"}.get(kind, "mapping")
+
+
+def _wrong(where: str, kind: Any, value: Any) -> UserError:
+    return UserError(f"{where}={value!r} does not fit", f"it must be {type_name(kind)}")
+
+
+def _coerce(kind: Any, value: Any, where: str, root: Path) -> Any:
+    if get_origin(kind) in (Union, types.UnionType):
+        arms = get_args(kind)
+        if value is None and type(None) in arms:
+            return None
+        problem: UserError | None = None
+        for arm in arms:
+            if arm is type(None):
+                continue
+            try:
+                return _coerce(arm, value, where, root)
+            except UserError as error:
+                problem = error
+        if problem and len(arms) == 2:
+            raise problem
+        raise _wrong(where, kind, value)
+    if get_origin(kind) is Literal:
+        for choice in get_args(kind):
+            if value == choice or str(value) == str(choice):
+                return choice
+        raise UserError(f"{where}={value!r} is not a choice", how=did_you_mean(str(value), map(str, get_args(kind))))
+    if get_origin(kind) is list:
+        if not isinstance(value, (list, tuple)):
+            raise _wrong(where, kind, value)
+        return [_coerce(get_args(kind)[0], v, f"{where}[{i}]", root) for i, v in enumerate(value)]
+    if get_origin(kind) is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(where, kind, value)
+        return {str(k): _coerce(get_args(kind)[1], v, f"{where}.{k}", root) for k, v in value.items()}
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, str):
+            value = {dataclasses.fields(kind)[0].name: value}
+        return build(kind, value, where, root)
+    if kind is Any:
+        return value
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise _wrong(where, kind, value)
+    if kind in (int, float):
+        try:
+            n = number(value)
+        except (ValueError, TypeError):
+            raise _wrong(where, kind, value) from None
+        if not math.isfinite(n) or (kind is int and n != int(n)):
+            raise _wrong(where, kind, value)
+        return kind(n)
+    if not isinstance(value, kind):
+        raise _wrong(where, kind, value)
+    return value
+
+
+def build(cls: Any, values: Any, where: str = "", root: Path = Path(".")) -> Any:
+    """Make the frozen dataclass `cls` from a plain mapping; relative paths are taken from `root`.
+
+    Raises UserError for an unknown key (with the nearest known one), a missing key, a wrong type or a broken bound.
+    """
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where or cls.__name__} must be a mapping of settings, not {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{where}." if where else ""
+    given = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"unknown key '{prefix}{key}'", how=did_you_mean(str(key), fields))
+        f, name = fields[key], f"{prefix}{key}"
+        value = _coerce(f.type, value, name, root)
+        low, high = f.metadata.get("low"), f.metadata.get("high")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if low is not None and value < low or high is not None and value > high:
+                span = f"at least {low}" if high is None else f"at most {high}" if low is None else f"between {low} and {high}"
+                raise UserError(f"{name}={value} is out of range", f"it must be {span}")
+        given[key] = resolve(value, root) if f.metadata.get("path") else value
+    for name, f in fields.items():
+        if name not in given and f.default is MISSING and f.default_factory is MISSING:
+            raise UserError(f"{prefix}{name} is missing", f.metadata.get("help", ""), f"give {prefix}{name}")
+    return cls(**given)
+
+
+def resolve(value: Any, root: Path) -> Any:
+    """A path as seen from `root`; a word that could be a hub id and is no file there is left alone."""
+    if isinstance(value, list):
+        return [resolve(v, root) for v in value]
+    if isinstance(value, dict):
+        return {k: resolve(v, root) for k, v in value.items()}
+    if not isinstance(value, str) or Path(value).is_absolute():
+        return value
+    at = root / Path(value).expanduser()
+    return value if _HUB_ID.fullmatch(value) and not at.exists() else str(at)
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The dataclass as plain nested values, for json and yaml."""
+    return dataclasses.asdict(settings)
+
+
+def flat(cls: Any, prefix: str = "") -> list[tuple[str, dataclasses.Field]]:
+    """Every leaf setting with its dotted name; a nested dataclass gives one name per field."""
+    rows = []
+    for f in dataclasses.fields(cls):
+        inner = [a for a in (f.type, *get_args(f.type)) if dataclasses.is_dataclass(a)]
+        if inner:
+            rows += flat(inner[0], f"{prefix}{f.name}.")
+        else:
+            rows.append((prefix + f.name, f))
+    return rows
+
+
+def default_of(f: dataclasses.Field) -> Any:
+    """The field's default, or MISSING."""
+    return f.default if f.default is not MISSING else f.default_factory() if f.default_factory is not MISSING else MISSING

@@ -1,0 +1,209 @@
+"""From data to token rows: reading, chat rendering, packing, masks. What is cut or padded is counted, never silent."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.knobs import Data
+
+IGNORE = -100
+_TEXT = {".txt", ".md", ".py", ".rst", ".tex", ".html"}
+
+
+@dataclass
+class Rows(torch.utils.data.Dataset):
+    """Token rows of one length: ids (N, T) int32, labels (N, T) with -100 where nothing is learnt, lengths (N,)."""
+
+    ids: Tensor
+    labels: Tensor
+    lengths: Tensor
+    bytes: int = 0  # of the text, for bits per byte; 0 when unknown
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"input_ids": self.ids[i], "labels": self.labels[i], "length": self.lengths[i], "example_id": i}
+
+    @property
+    def tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    def split(self, at: int) -> tuple["Rows", "Rows"]:
+        """The first `at` rows and the rest; bytes are shared out by tokens."""
+        parts = []
+        for s in (slice(None, at), slice(at, None)):
+            n = int(self.lengths[s].sum())
+            parts.append(Rows(self.ids[s], self.labels[s], self.lengths[s], round(self.bytes * n / max(self.tokens, 1)), self.facts))
+        return parts[0], parts[1]
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch cut to its longest row; the attention mask is left out when nothing is padded."""
+    longest = max(int(r["length"]) for r in rows)
+    batch = {k: torch.stack([r[k][:longest] for r in rows]).long() for k in ("input_ids", "labels")}
+    batch["example_id"] = torch.tensor([r["example_id"] for r in rows])
+    lengths = torch.stack([r["length"] for r in rows])
+    if int(lengths.min()) < longest:
+        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    return batch
+
+
+def read(data: Data) -> list[Any]:
+    """The documents of a source: strings, chats (lists of messages) or lists of token ids, in file order.
+
+    Raises UserError for a missing file, an empty one, or a column that is not there.
+    """
+    if not data.path:
+        raise UserError("no data was given", how="give data: {path: FILE, column: NAME}")
+    path = Path(data.path).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT and p.is_file())
+        documents: list[Any] = [p.read_text(encoding="utf-8", errors="replace") for p in files]
+    elif path.suffix in _TEXT and path.is_file():
+        documents = [path.read_text(encoding="utf-8", errors="replace")]
+    elif path.is_file():
+        documents = _column(_table(path), data, path)
+    elif path.is_absolute() or path.suffix or str(path).startswith("."):
+        raise UserError(f"no data at {path}", how="check the path")
+    else:
+        documents = _column(_hub(data), data, path)
+    documents = [d for d in documents if d is not None and len(d)]
+    if not documents:
+        raise UserError(f"{path} holds no text", "every row is empty" if path.exists() else "", "give data with at least one row")
+    return documents[: data.limit]
+
+
+def _table(path: Path) -> Any:
+    import pyarrow as pa
+    from pyarrow import csv, json as pa_json, parquet
+
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty", how="give data with at least one row")
+    try:
+        if path.suffix == ".parquet":
+            return parquet.read_table(path)
+        if path.suffix == ".csv":
+            return csv.read_csv(path)
+        if path.suffix == ".json":
+            return pa.Table.from_pylist(json.loads(path.read_text(encoding="utf-8")))
+        if path.suffix == ".jsonl":
+            return pa_json.read_json(path)
+    except (pa.ArrowInvalid, ValueError, AttributeError) as error:
+        raise UserError(f"{path} does not parse", str(error).splitlines()[0]) from None
+    raise UserError(f"{path} has an unknown ending '{path.suffix}'", "text, jsonl, json, csv and parquet are read", "convert or rename it")
+
+
+def _hub(data: Data) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(data.path, split=data.split).with_format("arrow")[:]
+    except Exception as error:
+        raise UserError(f"{data.path} is neither a file nor a hub dataset that can be fetched", str(error).strip().splitlines()[0]) from None
+
+
+def _column(table: Any, data: Data, path: Path) -> list[Any]:
+    names = table.column_names
+    name = data.column or next((n for n in ("text", "messages", "input_ids") if n in names), None) or (names[0] if len(names) == 1 else None)
+    if name is None:
+        raise UserError(f"{path} has several columns", f"they are {', '.join(names)}", "say which one: data: {path: ..., column: NAME}")
+    if name not in names:
+        raise UserError(f"{path} has no column '{name}'", how=did_you_mean(name, names))
+    values = table.column(name).to_pylist()
+    kind = next((type(v) for v in values if v is not None), None)
+    if kind not in (str, list, None):
+        raise UserError(f"column '{name}' of {path} holds {kind.__name__} values", "text, messages or token ids are needed", "choose another column")
+    return values
+
+
+def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+    """Token ids of a chat by the tokenizer's template, and a mask that is true on what the assistant says."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("the tokenizer has no chat template", "the data holds messages", "use a chat model's tokenizer, or a text column")
+    ids: list[int] = []
+    mask: list[bool] = []
+    for i, message in enumerate(messages):
+        if set(message) < {"role", "content"}:
+            raise UserError(f"message {i} of a chat lacks role or content", f"it has {', '.join(message)}")
+        for upto, learnt in ((messages[:i], False), (messages[: i + 1], True)) if message["role"] == "assistant" else ((messages[: i + 1], False),):
+            if not upto:
+                continue
+            now = tokenizer.apply_chat_template(upto, add_generation_prompt=message["role"] == "assistant" and not learnt, return_dict=False)
+            if now[: len(ids)] != ids:
+                raise UserError("the chat template rewrites earlier turns", "the assistant's tokens cannot be told apart", "use another template")
+            mask += [learnt] * (len(now) - len(ids))
+            ids = now
+    return ids, mask
+
+
+def tokenize(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> Rows:
+    """Rows of `context` tokens. Texts are packed end to end with an end token between them, nothing dropped; a chat is
+    one row, cut at `context` (counted in `facts`). Raises UserError for a token id that the model has no embedding for."""
+    if isinstance(documents[0], str) or isinstance(documents[0][0], int):
+        return _pack(documents, tokenizer, vocab, context)
+    kept, cut = [], 0
+    for messages in documents:
+        ids, mask = render_chat(tokenizer, messages)
+        cut += len(ids) > context
+        kept.append((ids[:context], mask[:context]))
+    n, t = len(kept), max(len(ids) for ids, _ in kept)
+    rows = Rows(torch.zeros(n, t, dtype=torch.int32), torch.full((n, t), IGNORE, dtype=torch.int32),
+                torch.tensor([len(ids) for ids, _ in kept]), facts={"documents": n, "cut at the context": cut})
+    for i, (ids, mask) in enumerate(kept):
+        row = torch.tensor(ids, dtype=torch.int32)
+        rows.ids[i, : len(ids)] = row
+        rows.labels[i, : len(ids)] = torch.where(torch.tensor(mask), row, IGNORE)
+    _in_vocabulary(rows.ids, vocab)
+    return _finish(rows)
+
+
+def _pack(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> Rows:
+    size = 0
+    if isinstance(documents[0], str):
+        if tokenizer is None:
+            raise UserError("the checkpoint has no tokenizer", "the data is text", "add tokenizer files, or give a column of token ids")
+        size = sum(len(d.encode()) for d in documents)
+        documents = tokenizer(documents, add_special_tokens=False)["input_ids"]
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    stream = torch.tensor([i for d in documents for i in (d if end is None else [*d, end])], dtype=torch.int32)
+    if len(stream) < 2:
+        raise UserError("the data has fewer than two tokens", "there is nothing to predict", "give more text")
+    _in_vocabulary(stream, vocab)
+    n = -(-len(stream) // context)
+    ids = torch.zeros(n * context, dtype=torch.int32)
+    ids[: len(stream)] = stream
+    ids = ids.view(n, context)
+    lengths = torch.full((n,), context)
+    lengths[-1] = len(stream) - (n - 1) * context
+    labels = torch.where(torch.arange(context) < lengths[:, None], ids, IGNORE)
+    if n > 1 and lengths[-1] < 2:  # one token predicts nothing
+        ids, labels, lengths = ids[:-1], labels[:-1], lengths[:-1]
+    return _finish(Rows(ids, labels, lengths, size, {"documents": len(documents), "cut at the context": 0}))
+
+
+def _finish(rows: Rows) -> Rows:
+    rows.facts |= {"rows": len(rows), "tokens": rows.tokens, "padded share": 1 - rows.tokens / rows.ids.numel()}
+    if not bool((rows.labels[:, 1:] != IGNORE).any()):
+        raise UserError("no token of the data is to be learnt", "every label is masked", "check the roles or the column")
+    return rows
+
+
+def _in_vocabulary(ids: Tensor, vocab: int) -> None:
+    top, low = int(ids.max()), int(ids.min())
+    if top >= vocab or low < 0:
+        raise UserError(f"token id {top if top >= vocab else low} is out of range", f"the model has {vocab} embeddings (ids 0 to {vocab - 1})",
+                        "use the tokenizer that belongs to the model")
+
+
+def check_vocabulary(tokenizer: Any, vocab: int, where: Any) -> None:
+    """UserError when the tokenizer can give ids that the model has no embedding for."""
+    if tokenizer is not None and (top := max(tokenizer.get_vocab().values(), default=0)) >= vocab:
+        raise UserError(f"the tokenizer in {where} does not belong to the model", f"its highest id is {top} and the model has {vocab} embeddings",
+                        "use the tokenizer that was saved with the model")

@@ -1,0 +1,100 @@
+"""Every method by name: where it lives, its paper, and what its result loads in. Nothing is imported until used."""
+
+import ast
+import dataclasses
+import typing
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.knobs import knob
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method. `takes` and `gives` name artifacts: checkpoint, dataset, scores."""
+
+    name: str
+    object: str
+    line: str
+    paper: str
+    takes: tuple[str, ...] = ("checkpoint",)
+    gives: tuple[str, ...] = ("checkpoint",)
+    loads_in: str = ""
+
+    @property
+    def family(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def file(self) -> Path:
+        module = self.object.split(":")[0]
+        return Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+
+
+STOCK = "transformers, vLLM"
+ENTRIES = [
+    Entry("curate.stdlib", "modelwright.curate.stdlib:stdlib",
+          "text that every Python installation carries, as a dataset", "ours", takes=(), gives=("dataset",), loads_in="datasets"),
+    Entry("reshape.fresh", "modelwright.reshape.fresh:fresh",
+          "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", takes=("dataset",), loads_in=STOCK),
+    Entry("reshape.upcycle", "modelwright.reshape.upcycle:upcycle",
+          "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX",
+          "arXiv 2212.05055, 2502.19261, 2403.07816", loads_in=STOCK),
+    Entry("tune.full", "modelwright.tune.full:Full", "train every weight", "the baseline",
+          takes=("checkpoint", "dataset"), loads_in=STOCK),
+    Entry("tune.lora", "modelwright.tune.lora:Lora", "train low-rank adapters through PEFT, saved as an adapter or merged",
+          "arXiv 2106.09685", takes=("checkpoint", "dataset"), loads_in=STOCK + ", PEFT"),
+]
+FAMILIES = {
+    "curate": "data: extraction, rules, quality", "reshape": "model to model", "tune": "training without forgetting",
+    "reward": "reward models and their calibration", "rl": "alignment by reinforcement", "cache": "serving in less memory",
+    "judge": "judging and selecting answers", "inspect": "what is inside", "modalities": "tables, pixels, music, series",
+}
+
+
+def entry(name: str) -> Entry:
+    """The entry called `name`; UserError with the nearest name otherwise."""
+    for e in ENTRIES:
+        if e.name == name:
+            return e
+    raise UserError(f"unknown step '{name}'", how=did_you_mean(name, [e.name for e in ENTRIES]))
+
+
+def load(e: Entry) -> Any:
+    """Import the method itself (this may import torch)."""
+    module, attribute = e.object.split(":")
+    return getattr(import_module(module), attribute)
+
+
+@cache
+def _light(path: Path) -> dict[str, Any]:
+    # The knobs stand at the head of a file that also imports torch. Running only the head's dataclasses
+    # keeps one file per method and lets `check` and `--help` answer in a fraction of a second.
+    tree = ast.parse(path.read_text())
+    keep: list[ast.stmt] = []
+    for node in tree.body:
+        light = isinstance(node, ast.ImportFrom) and node.module in ("dataclasses", "typing", "modelwright.core.knobs")
+        data = isinstance(node, ast.ClassDef) and any("dataclass" in ast.dump(d) for d in node.decorator_list)
+        if light or data and node.name.endswith("Knobs"):
+            keep.append(node)
+    space: dict[str, Any] = {"__name__": f"modelwright.light.{path.stem}", "knob": knob, "dataclass": dataclass, "typing": typing}
+    exec(compile(ast.Module(keep, []), str(path), "exec"), space)  # noqa: S102 - our own source file
+    space["__doc__"] = ast.get_docstring(tree) or ""
+    return space
+
+
+def knobs(e: Entry) -> Any:
+    """The method's Knobs dataclass, without importing the method."""
+    found = _light(e.file).get("Knobs")
+    if not dataclasses.is_dataclass(found):
+        raise TypeError(f"{e.file} has no dataclass named Knobs")
+    return found
+
+
+def doc(e: Entry) -> str:
+    """The method's docstring, without importing the method."""
+    return str(_light(e.file)["__doc__"])

@@ -1,0 +1,1 @@
+"""Model to model: each method maps one or several checkpoints to a new one."""

@@ -1,0 +1,183 @@
+"""Dense to mixture of experts by copying the feed-forward part E times.
+
+What for: a dense checkpoint and some compute left: the mixture starts from everything the dense model knows and gets
+more parameters at the same cost per token times top_k.
+
+Methods and sources
+- sparse: Sparse Upcycling (Komatsuzaki et al., 2212.05055). Every expert is the dense FFN, the router is N(0, 0.02).
+  With identical experts and renormalised top-k weights the function is unchanged: sum_e g_e f(x) = f(x).
+- noise: the "noise upcycling" baseline of the Drop-Upcycling code: N(0, std) is added to a share `ratio` of each expert's neurons.
+- drop: Drop-Upcycling (2502.19261). Per expert a random set of ratio * F neurons is drawn again from N(mean, std) of the
+  values it replaces, with one index set for gate, up and down (the paper's text).
+- btx: Branch-Train-MiX (2403.07816). Non-FFN weights are averaged over the checkpoints, expert e is the FFN of checkpoint
+  e * n // E (the official rule: 8 experts from 4 models, e // 2).
+
+Official code, where it differs: it draws a fresh index set for each of the three matrices, permutes the neurons first
+(no functional effect) and starts the router from U[0, 1). `compat="official"` does all three. It loads whole models; here
+tensors are streamed, so memory does not grow with the number of experts.
+Ours: ratio=0 is bit-equal to sparse; every draw has its own seed, so the bytes do not depend on shards or order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from modelwright.core.anatomy import Anatomy, Ffn
+from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.errors import UserError
+from modelwright.core.knobs import knob
+from modelwright.core.writer import Blueprint
+from modelwright.reshape.routers import from_data, from_gates, generator, plain_router
+from modelwright.reshape.stock import Target, choose
+
+
+@dataclass(frozen=True)
+class Knobs:
+    experts: int = knob(8, "experts per layer", low=2)
+    top_k: int = knob(2, "experts per token", low=1)
+    method: Literal["sparse", "noise", "drop", "btx"] = knob("sparse", "how the copies are made to differ")
+    ratio: float = knob(0.5, "noise, drop: share of each expert's neurons that is changed", low=0, high=1)
+    std: float = knob(0.02, "noise: standard deviation", low=0)
+    others: list[str] = knob([], "btx: further checkpoints, all of the base's shape", path=True)
+    router: Literal["normal", "zero", "uniform", "gate_means", "prompts", "text", "ridge"] = knob("normal", "router initialisation")
+    router_std: float = knob(0.02, "normal: standard deviation", low=0)
+    prompts: list[list[str]] = knob([], "router=prompts: one list of prompts per expert")
+    negatives: list[list[str]] = knob([], "router=prompts: what each expert is not for; empty: the mean of all experts")
+    texts: list[str] = knob([], "router=text or ridge: one text file per expert", path=True)
+    ridge: float = knob(1e-2, "router=ridge: lambda, in units of the mean squared state", low=0)
+    target: Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared"] = knob("auto", "stock class of the result")
+    compat: Literal["ours", "official"] = knob("ours", "official: the published Drop-Upcycling script's draws")
+
+
+def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, str]:
+    """The upcycled checkpoint as a blueprint, and what it promises: 'same function' or 'changed function'."""
+    if knobs.top_k > knobs.experts:
+        raise UserError(f"top_k={knobs.top_k} but there are {knobs.experts} experts", how="lower top_k or raise experts")
+    anatomy = Anatomy(source.skeleton)
+    target = choose(source, anatomy, knobs.experts, knobs.top_k, knobs.target)
+    sources = [source, *_others(source, knobs)]
+    rows = {}
+    if knobs.router in ("prompts", "text", "ridge"):
+        rows = from_data(knobs.router, source.model(torch.float32), source.tokenizer(), knobs)
+
+    def stream() -> Iterator[Any]:
+        yield from _dense(sources, anatomy)
+        for b in anatomy.blocks:
+            ffns = [_matrices(s, anatomy.ffn(b)) for s in sources]
+            means = []
+            for e in range(knobs.experts):
+                expert = _expert(ffns[e * len(ffns) // knobs.experts], knobs, seed, b.index, e)
+                if knobs.router == "gate_means":
+                    means.append(expert[0].float().mean(0))
+                yield from target.pieces(b.path, e, *expert)
+            router = rows[b.index] if rows else from_gates(torch.stack(means), knobs.router_std) if means else plain_router(
+                "uniform" if knobs.compat == "official" else knobs.router, seed, b.index, knobs.experts, ffns[0][0].shape[1], knobs.router_std)
+            yield target.names(b.path, knobs.experts)[0], router.to(ffns[0][0].dtype)
+            yield from _shared(target, b.path, ffns[0])
+
+    same = knobs.method == "sparse" or knobs.method in ("noise", "drop") and knobs.ratio == 0 or knobs.method == "noise" and knobs.std == 0
+    facts = {"target": target.model_type, "method": knobs.method, "router": knobs.router, "sources": len(sources)}
+    blueprint = Blueprint(_config(target), _dtypes(source, anatomy, target, knobs.experts), stream, source, facts)
+    return blueprint, "same function" if same else "changed function"
+
+
+def _others(source: Checkpoint, knobs: Knobs) -> list[Checkpoint]:
+    if (knobs.method == "btx") != bool(knobs.others):
+        raise UserError("btx needs 'others'" if knobs.method == "btx" else "'others' is for method=btx",
+                        "Branch-Train-MiX mixes several checkpoints of one shape", "give others: [FOLDER, ...] with method: btx")
+    found = [Checkpoint(o) for o in knobs.others]
+    words = source.tokenizer().get_vocab() if source.tokenizer() else None
+    for other in found:
+        if other.config.get("vocab_size") != source.config.get("vocab_size") or (words and other.tokenizer() and other.tokenizer().get_vocab() != words):
+            raise UserError(f"{other.folder} has another vocabulary than {source.folder}", "embeddings of different tokens cannot be averaged",
+                            "mix models of one tokenizer")
+        for name in source.skeleton.state_dict():
+            if name in source and (name not in other or other.shape(name) != source.shape(name)):
+                raise UserError(f"{other.folder} does not have the shape of {source.folder}", f"{name} differs", "mix models of one architecture")
+    if len(found) + 1 > knobs.experts:
+        raise UserError(f"{len(found) + 1} checkpoints do not fit into {knobs.experts} experts", how="raise experts")
+    return found
+
+
+def _matrices(source: Checkpoint, ffn: Ffn) -> tuple[Tensor, Tensor, Tensor]:
+    """gate (F, d), up (F, d), down (d, F)."""
+    assert ffn.gate is not None
+    return ffn.gate.read(source.get), ffn.up.read(source.get), ffn.down.read(source.get)
+
+
+def _expert(dense: tuple[Tensor, Tensor, Tensor], knobs: Knobs, seed: int, layer: int, e: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One expert from the dense matrices, rows of gate and up and columns of down being its neurons."""
+    if knobs.method not in ("noise", "drop"):
+        return dense
+    neurons = dense[0].shape[0]
+    count = int(neurons * knobs.ratio)
+    by_neuron = [dense[0], dense[1], dense[2].T]  # (F, d) each
+    if knobs.compat == "official":
+        order = torch.randperm(neurons, generator=generator(seed, layer, e, "order"))
+        by_neuron = [m[order] for m in by_neuron]
+    elif count == 0:
+        return dense
+    index = torch.randperm(neurons, generator=generator(seed, layer, e, "neurons"))[:count]
+    changed = []
+    for name, matrix in zip(("gate", "up", "down"), by_neuron, strict=True):
+        g = generator(seed, layer, e, name)
+        if knobs.compat == "official":
+            index = torch.randperm(neurons, generator=g)[:count]
+        out = matrix.clone()
+        block = matrix[index].float()
+        noise = torch.randn(block.shape, generator=g)
+        if knobs.method == "noise":
+            block = block + noise * knobs.std
+        elif count:
+            block = noise * block.std(correction=0) + block.mean()
+        out[index] = block.to(matrix.dtype)
+        changed.append(out)
+    return changed[0], changed[1], changed[2].T
+
+
+def _dense(sources: list[Checkpoint], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
+    """Everything but the feed-forward parts, averaged over the sources, under the names of the unfused stock classes."""
+    for part in anatomy:
+        if part.role.startswith("ffn."):
+            continue
+        tensor = sources[0].get(part.name)
+        if len(sources) > 1:
+            tensor = (sum(s.get(part.name).double() for s in sources) / len(sources)).to(tensor.dtype)
+        if part.role == "attn.qkv":
+            for piece, slices in part.rows.items():
+                yield part.name.replace("qkv_proj", f"{piece}_proj"), torch.cat([tensor[s] for s in slices])
+        else:
+            yield part.name, tensor
+
+
+def _shared(target: Target, layer: str, dense: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    if target.shared:
+        gate, up, down = (dense[0][: target.shared], dense[1][: target.shared], torch.zeros_like(dense[2][:, : target.shared]))
+        for name, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
+            yield f"{layer}.{target.moe}.shared_expert.{name}.weight", tensor
+        yield f"{layer}.{target.moe}.shared_expert_gate.weight", torch.zeros(1, dense[0].shape[1], dtype=dense[0].dtype)
+
+
+def _dtypes(source: Checkpoint, anatomy: Anatomy, target: Target, experts: int) -> dict[str, torch.dtype]:
+    found: dict[str, torch.dtype] = {}
+    for part in anatomy:
+        if part.role == "attn.qkv":
+            found |= {part.name.replace("qkv_proj", f"{p}_proj"): source.dtype(part.name) for p in part.rows}
+        elif not part.role.startswith("ffn."):
+            found[part.name] = source.dtype(part.name)
+    for b in anatomy.blocks:
+        dtype = source.dtype(anatomy.ffn(b).down.name)
+        found |= dict.fromkeys(target.names(b.path, experts), dtype)
+        if target.shared:
+            at = f"{b.path}.{target.moe}.shared_expert"
+            found |= dict.fromkeys([f"{at}.gate_proj.weight", f"{at}.up_proj.weight", f"{at}.down_proj.weight", f"{at}_gate.weight"], dtype)
+    return found
+
+
+def _config(target: Target) -> dict[str, Any]:
+    import json
+
+    return json.loads(target.config.to_json_string())

@@ -1,0 +1,1 @@
+"""Training-time methods: each is a Technique over the one training loop."""
