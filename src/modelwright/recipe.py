@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -20,6 +20,8 @@ class Save:
 
     to: str | None = knob(None, "folder of the result; must not exist yet")
     shard_size: int = knob(5_000_000_000, "bytes per weight file, at most", low=1_000_000)
+    certificate: Literal["auto", "full", "structure"] = knob("auto", "auto: compare logits when both models fit in memory")
+    force: bool = knob(False, "save a result whose certificate failed")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,6 @@ class Step:
 
     entry: Entry
     knobs: Any
-    base: str | None = None
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,9 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 class Checkpoint:
     """A folder with config.json and safetensors weights. Opening reads headers only."""
 
-    def __init__(self, base: str | Path):
+    def __init__(self, base: str | Path, incomplete: bool = False):
         self.folder = locate(base)
-        if (self.folder / "INCOMPLETE").exists():
+        if not incomplete and (self.folder / "INCOMPLETE").exists():
             raise UserError(f"{self.folder} is incomplete", "the run that wrote it was stopped", "run it again")
         path = self.folder / "config.json"
         if not path.is_file():

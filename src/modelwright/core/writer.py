@@ -35,6 +35,16 @@ class Blueprint:
     facts: dict[str, Any] = field(default_factory=dict)  # for the report and the lineage
 
 
+@dataclass(frozen=True)
+class Built:
+    """A model made in memory, to be saved; `source` lends its tokenizer files where no tokenizer is given."""
+
+    model: Any
+    tokenizer: Any = None
+    source: Checkpoint | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
 @contextmanager
 def staging(to: Path) -> Iterator[Path]:
     """A folder beside `to` that becomes `to` when the block ends well and vanishes when it does not."""
@@ -144,12 +154,15 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[done:], offset + done
 
 
-def write_model(model: Any, folder: Path, shard_size: int, source: Checkpoint) -> None:
-    """Write an in-memory model with its tokenizer files; refuses non-finite weights."""
-    for name, p in model.named_parameters():
+def write_model(built: Built, folder: Path, shard_size: int) -> None:
+    """Write an in-memory model with its tokenizer; refuses non-finite weights."""
+    for name, p in built.model.named_parameters():
         require_finite(name, p, "the result")
-    model.save_pretrained(folder, max_shard_size=shard_size)
-    copy_companions(source, folder)
+    built.model.save_pretrained(folder, max_shard_size=shard_size)
+    if built.tokenizer is not None:
+        built.tokenizer.save_pretrained(folder)
+    elif built.source:
+        copy_companions(built.source, folder)
 
 
 def copy_companions(source: Checkpoint, folder: Path) -> None:

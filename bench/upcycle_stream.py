@@ -1,0 +1,249 @@
+"""Is upcycling a stream: little more memory than a shard, little more time than a copy of the result?
+
+A Llama of TinyLlama's shape (1.1B parameters, bf16) with random weights becomes a Mixtral of 4 experts, top 2. Every arm
+is a process of its own, and the arms take turns:
+- ours: Checkpoint, upcycle, write_tensors. Nothing is measured or compared on the way, as a copy does not either.
+- the same, but nothing is written: what the process costs before the first tensor moves.
+- copy: ours' finished files read and written again in blocks of 16 MB. No upcycling can be much faster than that.
+- mergekit-moe with random gates, the same work by the tool people know: with its shards of 5 GB, and with shards of
+  500 MB, because it holds a shard in memory until it is full.
+
+    python bench/upcycle_stream.py [--work FOLDER] [--mergekit-venv FOLDER] [--repetitions 3]
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import SHARED, save, spread
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from modelwright.core.checkpoint import config_of, skeleton
+
+MERGEKIT = "mergekit==0.1.5"
+EXPERTS, TOP_K = 4, 2
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
+         "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+         "tie_word_embeddings": False, "dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
+
+# Runs a command and reports on it. A process of a few MB, because a child's peak counts from what its parent held when it was started.
+LAUNCH = """
+import json, os, sys, time
+start = time.perf_counter()
+pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, used = os.wait4(pid, 0)
+wall = time.perf_counter() - start
+os.sync()
+with open(sys.argv[1], "w") as f:
+    json.dump({"failed": status, "wall": wall, "synced": time.perf_counter() - start, "cpu": used.ru_utime + used.ru_stime,
+               "peak": used.ru_maxrss * 1024, "from_disk": used.ru_inblock * 512}, f)
+"""
+
+OURS = f"""
+import json, sys, time
+start = time.perf_counter()
+from pathlib import Path
+from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.writer import staging, write_tensors
+from modelwright.reshape.upcycle import Knobs, upcycle
+imported = time.perf_counter()
+source = Checkpoint(sys.argv[1])
+blueprint, _ = upcycle(source, Knobs(experts={EXPERTS}, top_k={TOP_K}))
+planned = time.perf_counter()
+if len(sys.argv) > 2:
+    with staging(Path(sys.argv[2])) as folder:
+        write_tensors(blueprint, folder, 5_000_000_000)
+print(json.dumps([imported - start, planned - imported, time.perf_counter() - planned]))
+"""
+
+COPY = """
+import sys
+from pathlib import Path
+to = Path(sys.argv[2])
+to.mkdir()
+for file in Path(sys.argv[1]).iterdir():
+    with open(file, "rb", buffering=0) as source, open(to / file.name, "wb", buffering=0) as copy:
+        while block := source.read(16 << 20):
+            copy.write(block)
+"""
+
+
+def make_base(folder: Path, shard_size: int = 500_000_000) -> None:
+    """The random Llama, shard by shard, with the tokenizer that mergekit insists on."""
+    folder.mkdir(parents=True)
+    shapes = {n: p.shape for n, p in skeleton(config_of(LLAMA)).state_dict().items()}
+    shards: list[list[str]] = [[]]
+    for name, shape in shapes.items():
+        if sum(shapes[n].numel() for n in [*shards[-1], name]) * 2 > shard_size:
+            shards.append([])
+        shards[-1].append(name)
+    generator, index = torch.Generator().manual_seed(0), {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file({n: torch.randn(shapes[n], generator=generator).mul_(0.02).bfloat16() for n in names}, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(names, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    for file in (SHARED / "stories260K" / "hf").glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+
+
+def install_mergekit(venv: Path) -> str:
+    """Put mergekit into a virtual environment, beside the torch that ours uses. Returns why that failed, or ''."""
+    if (venv / "bin" / "mergekit-moe").exists():
+        return ""
+    try:
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True, capture_output=True, text=True)
+        subprocess.run([venv / "bin" / "pip", "install", "-q", f"torch=={torch.__version__.split('+')[0]}", MERGEKIT],
+                       check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        return error.stderr.strip().splitlines()[-1]
+    return ""
+
+
+def mergekit_versions(venv: Path) -> str:
+    code = "from importlib.metadata import version as v; print(*[f'{n} {v(n)}' for n in ('mergekit', 'torch', 'transformers')], sep=', ')"
+    return subprocess.run([venv / "bin" / "python", "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def measure(work: Path, reads: Path, command: list[Any]) -> dict[str, Any]:
+    """Run a command with its input in the page cache and no write pending; its costs and the last line it printed."""
+    for file in reads.iterdir():
+        with open(file, "rb", buffering=0) as f:
+            while f.read(16 << 20):
+                pass
+    os.sync()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with open(work / "log", "w+") as log:
+        subprocess.run([sys.executable, "-S", "-c", LAUNCH, work / "costs", *command], check=True, env=env, stdout=log, stderr=subprocess.STDOUT)
+        log.seek(0)
+        lines = log.read().splitlines()
+    costs = json.loads((work / "costs").read_text())
+    if costs["failed"]:
+        raise RuntimeError(f"{command[:3]} failed:\n" + "\n".join(lines[-20:]))
+    return costs | {"printed": lines[-1] if lines else ""}
+
+
+def weights(folder: Path) -> int:
+    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def stored(folder: Path, name: str, part: Any = ...) -> bytes:
+    """Bytes of a tensor, or of a part of it, wherever it lies in the folder."""
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    with safe_open(file, "pt") as f:
+        return f.get_slice(name)[part].contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def spot_check(base: Path, ours: Path, theirs: Path | None) -> int:
+    """Experts, attention and embedding against the dense model, byte for byte; mergekit stores the experts of a layer as one tensor."""
+    inner, checked = LLAMA["intermediate_size"], 0
+    for layer in (0, 11, 21):
+        at = f"model.layers.{layer}"
+        for e in (0, EXPERTS - 1):
+            for dense, own, fused, rows in (("gate_proj", "w1", "gate_up_proj", slice(0, inner)), ("up_proj", "w3", "gate_up_proj", slice(inner, None)),
+                                            ("down_proj", "w2", "down_proj", slice(None))):
+                want = stored(base, f"{at}.mlp.{dense}.weight")
+                assert stored(ours, f"{at}.block_sparse_moe.experts.{e}.{own}.weight") == want, (layer, e, dense)
+                assert theirs is None or stored(theirs, f"{at}.mlp.experts.{fused}", (e, rows)) == want, (layer, e, dense)
+                checked += 1
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.11.self_attn.k_proj.weight", "model.norm.weight"):
+        for result in filter(None, (ours, theirs)):
+            assert stored(result, name) == stored(base, name), name
+        checked += 1
+    return checked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", type=Path, help="folder for 16 GB of temporary files (default: the system's temporary folder)")
+    parser.add_argument("--mergekit-venv", type=Path, help="virtual environment with mergekit, made where there is none (default: in --work)")
+    parser.add_argument("--repetitions", type=int, default=3)
+    args = parser.parse_args()
+    if args.work:
+        args.work.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="upcycle_stream-", dir=args.work))
+    try:
+        compare(work, args.mergekit_venv or work / "mergekit", args.repetitions)
+    finally:
+        shutil.rmtree(work)
+
+
+def compare(work: Path, venv: Path, repetitions: int) -> None:
+    base, ours, copy, theirs = (work / n for n in ("base", "ours", "copy", "mergekit-result"))
+    make_base(base)
+    unavailable = install_mergekit(venv)
+    recipe = work / "mergekit.yml"
+    expert = {"source_model": str(base), "positive_prompts": ["unused by random gates"]}
+    recipe.write_text(json.dumps({"base_model": str(base), "gate_mode": "random", "dtype": "bfloat16", "experts_per_token": TOP_K,
+                                  "experts": [expert] * EXPERTS}))
+    plans: dict[str, tuple[Path, list[Any], Path | None]] = {
+        "ours": (base, [sys.executable, "-c", OURS, base, ours], ours),
+        "ours, nothing written": (base, [sys.executable, "-c", OURS, base], None),
+        "plain copy": (ours, [sys.executable, "-c", COPY, ours, copy], copy)}
+    if not unavailable:
+        tool = [venv / "bin" / "mergekit-moe", recipe, theirs, "--i-understand-this-is-not-useful-without-training"]
+        plans["mergekit-moe"] = (base, tool, theirs)
+        plans["mergekit-moe, shards of 500 MB"] = (base, [*tool, "--out-shard-size", "500M"], theirs)
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in plans}
+    checked = 0
+    for round_ in range(repetitions + 1):
+        for arm, (reads, command, result) in plans.items():
+            seen = measure(work, reads, command)
+            if result:
+                seen["bytes"] = weights(result)
+            if result == theirs and not checked:
+                checked = spot_check(base, ours, theirs)
+            if result and result != ours:
+                shutil.rmtree(result)
+            if round_:  # the first round brings files and fresh memory into a state that the later ones repeat
+                runs[arm].append(seen)
+        checked = checked or spot_check(base, ours, None)
+        shutil.rmtree(ours)
+    report(runs, max(f.stat().st_size for f in base.glob("*.safetensors")), weights(base), checked, unavailable, venv)
+
+
+def report(runs: dict[str, list[dict[str, Any]]], shard: int, size: int, checked: int, unavailable: str, venv: Path) -> None:
+    def ratio(arm: str, to: str, what: str) -> list[float]:
+        return [a[what] / b[what] for a, b in zip(runs[arm], runs[to], strict=True)]
+
+    def of(arm: str, what: str, unit: float = 1) -> str:
+        return spread([r[what] / unit for r in runs[arm]])
+
+    rows = [[arm, of(arm, "wall"), of(arm, "synced"), of(arm, "cpu"), of(arm, "peak", 1e6), spread(ratio(arm, "plain copy", "wall")),
+             f"{seen[0].get('bytes', 0) / 1e6:.0f}"] for arm, seen in runs.items()]
+    if unavailable:
+        rows.append(["mergekit-moe", f"could not be installed: {unavailable}", *[""] * 5])
+    allowed = 2 * shard + 700_000_000
+    peak, slower = max(r["peak"] for r in runs["ours"]), statistics.median(ratio("ours", "plain copy", "wall"))
+    imports, planning, writing = (spread(list(v)) for v in zip(*(json.loads(r["printed"]) for r in runs["ours"]), strict=True))
+    against = "" if unavailable else (f" mergekit-moe takes {statistics.median(ratio('mergekit-moe', 'ours', 'wall')):.2f} times our time and "
+                                      f"{statistics.median(ratio('mergekit-moe', 'ours', 'peak')):.1f} times our memory.")
+    notes = [f"Base: {size / 1e6:.0f} MB in shards of at most {shard / 1e6:.0f} MB, the input's largest, which the memory goal is counted in.",
+             "Before each run the files it reads are read once, so they are in the page cache, and pending writes are synced; "
+             f"the runs read {max(r['from_disk'] for seen in runs.values() for r in seen) / 1e6:.0f} MB from disk at most. "
+             "One round of all arms goes unmeasured. One thread (OMP_NUM_THREADS=1).",
+             "wall: start to end of the process, interpreter and imports included; synced: until the disk has it all. "
+             "Peak is ru_maxrss, which counts the pages of memory-mapped files too. Cells are median (min to max); ratios are taken within a round.",
+             f"Inside ours, seconds: imports {imports}, opening and planning {planning}, writing {writing}.",
+             f"{checked} tensors of ours{'' if unavailable else ' and of mergekit'} equal the dense model's byte for byte (experts, attention, embedding, head)."]
+    if not unavailable:
+        notes.append(f"mergekit in its own environment: {mergekit_versions(venv)}.")
+    save("upcycle_stream", claim="Upcycling a 1.1B Llama to 4 experts peaks at no more than twice the base's largest shard + 700 MB "
+         "and takes no more than 1.3 times a plain copy of the result",
+         outcome=f"Memory {'met' if peak <= allowed else 'missed'}: at most {peak / 1e6:.0f} MB of {allowed / 1e6:.0f} MB. "
+                 f"Time {'met' if slower <= 1.3 else 'missed'}: {slower:.2f} times the copy.{against}",
+         columns=["arm", "wall s", "synced s", "CPU s", "peak RSS MB", "wall / copy", "MB written"], rows=rows, seeds=[0], notes=notes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Data: extraction, rules, quality, generation."""

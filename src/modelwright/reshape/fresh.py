@@ -1,0 +1,54 @@
+"""An untrained Llama and its own tokenizer: where a model that is trained from nothing begins.
+
+The tokenizer is a byte-level BPE trained on the data (nothing is ever unknown to it; one special token ends a text).
+Weights are transformers' own initialisation. Ours; no paper.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modelwright.core.knobs import Data, knob
+from modelwright.core.text import read
+from modelwright.core.writer import Built
+
+END = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Knobs:
+    data: Data = knob(Data(), "text that the tokenizer is trained on")
+    vocab: int = knob(2048, "tokens, the end token included", low=257)
+    hidden: int = knob(128, "width of the residual stream", low=8)
+    layers: int = knob(4, "blocks", low=1)
+    heads: int = knob(4, "attention heads", low=1)
+    kv_heads: int = knob(2, "key and value heads", low=1)
+    ffn: int = knob(344, "neurons of the feed-forward part", low=8)
+    context: int = knob(512, "positions", low=8)
+    tied: bool = knob(True, "one matrix for embeddings and output")
+
+
+def fresh(source: None, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
+    """The model and tokenizer, built in memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = train_tokenizer([d for d in read(knobs.data) if isinstance(d, str)], knobs.vocab, knobs.context)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=knobs.hidden, intermediate_size=knobs.ffn, num_hidden_layers=knobs.layers,
+                         num_attention_heads=knobs.heads, num_key_value_heads=knobs.kv_heads, max_position_embeddings=knobs.context,
+                         tie_word_embeddings=knobs.tied, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    torch.manual_seed(seed)
+    return Built(LlamaForCausalLM(config), tokenizer), "changed function"
+
+
+def train_tokenizer(documents: list[str], vocab: int, context: int) -> Any:
+    """A byte-level BPE with digits one by one and runs of spaces kept whole."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=context)

@@ -1,0 +1,57 @@
+"""LoRA: low-rank adapters (Hu et al., 2106.09685), through PEFT.
+
+W' = W + (alpha / r) B A with B zero at the start, so step 0 is the base model exactly. The paper adapts the query and value
+matrices; `roles` names any role of the role map. Where a model fuses them (GPT-2, Phi-3, GPT-NeoX) the whole fused matrix
+gets the adapter, which the report says. The result is saved merged (a plain checkpoint) with the adapter beside it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, get_peft_model
+
+from modelwright.core.anatomy import Anatomy
+from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.knobs import Data, Train, knob
+from modelwright.core.training import Technique
+
+
+@dataclass(frozen=True)
+class Knobs:
+    data: Data = knob(Data(), "what to learn from")
+    evals: dict[str, Data] = knob({}, "held-out texts by name; empty: a share of the data is held out")
+    holdout: float = knob(0.05, "share of the rows held out when no evals are given", low=0, high=0.5)
+    train: Train = knob(Train(), "how long and how fast")
+    r: int = knob(8, "rank", low=1)
+    alpha: float = knob(16.0, "scale: the update is alpha / r times B A")
+    dropout: float = knob(0.0, "dropout on the adapter's input", low=0, high=1)
+    roles: list[str] = knob(["attn.q", "attn.v"], "roles of the matrices that get an adapter")
+
+
+class Lora(Technique):
+    """Adapters on the chosen roles; everything else is frozen."""
+
+    name = "lora"
+    supports = Technique.supports - {"lora"}
+
+    def __init__(self, knobs: Knobs):
+        self.knobs = knobs
+
+    def attach(self, model: Any, anatomy: Anatomy) -> Any:
+        modules, parameters, transposed = [], [], False
+        for role in self.knobs.roles:
+            fused = {"attn.q": "attn.qkv", "attn.k": "attn.qkv", "attn.v": "attn.qkv", "ffn.gate": "ffn.gate_up", "ffn.up": "ffn.gate_up"}.get(role)
+            found = [p for p in anatomy if p.kind == "weight" and (p.role == role or p.role == fused)]
+            if not found:
+                raise UserError(f"roles has '{role}'", f"{type(model).__name__} has no such matrix", did_you_mean(role, {p.role for p in anatomy if len(p.shape) > 1}))
+            for p in found:
+                (parameters if p.orientation == "experts" else modules).append(p.name.removesuffix(".weight"))
+                transposed |= p.orientation == "in_out"
+        config = LoraConfig(r=self.knobs.r, lora_alpha=self.knobs.alpha, lora_dropout=self.knobs.dropout, task_type="CAUSAL_LM",
+                            target_modules=sorted(set(modules)) or None, target_parameters=sorted(set(parameters)) or None, fan_in_fan_out=transposed)
+        return get_peft_model(model, config)
+
+    def export(self, model: Any, folder: Path) -> Any:
+        model.save_pretrained(folder / "adapter")
+        return model.merge_and_unload()
