@@ -6,6 +6,7 @@ recipe is checked in a fraction of a second.
 
 import dataclasses
 import math
+import os
 import re
 import types
 from collections.abc import Mapping
@@ -179,7 +180,7 @@ def resolve(value: Any, root: Path) -> Any:
     if not isinstance(value, str) or Path(value).is_absolute():
         return value
     at = root / Path(value).expanduser()
-    return value if _HUB_ID.fullmatch(value) and not at.exists() else str(at)
+    return value if _HUB_ID.fullmatch(value) and not at.exists() else os.path.normpath(at)
 
 
 def plain(settings: Any) -> dict[str, Any]:
@@ -191,7 +192,8 @@ def flat(cls: Any, prefix: str = "") -> list[tuple[str, dataclasses.Field]]:
     """Every leaf setting with its dotted name; a nested dataclass gives one name per field."""
     rows = []
     for f in dataclasses.fields(cls):
-        inner = [a for a in (f.type, *get_args(f.type)) if dataclasses.is_dataclass(a)]
+        arms = get_args(f.type) if get_origin(f.type) in (Union, types.UnionType) else ()
+        inner = [a for a in (f.type, *arms) if dataclasses.is_dataclass(a)]
         if inner:
             rows += flat(inner[0], f"{prefix}{f.name}.")
         else:

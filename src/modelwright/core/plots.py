@@ -1,0 +1,123 @@
+"""Plots as inline SVG: lines, bars, heat maps. No library, no network; colours follow the page's light or dark theme.
+
+A plot is a plain dictionary, so it lies in the json of a step and is drawn when a page is made:
+{"kind": "line", "title", "x", "y", "series": {name: [[x, y], ...]}}
+{"kind": "bars", "title", "y", "groups": [...], "series": {name: [...]}}
+{"kind": "heat", "title", "x", "y", "columns": [...], "rows": [...], "values": [[...]]}
+"""
+
+import math
+from html import escape
+from typing import Any
+
+W, H, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 62, 16, 14, 46
+
+
+def draw(plot: dict[str, Any]) -> str:
+    """The plot as a <figure> with its legend and a caption."""
+    body, names = {"line": _line, "bars": _bars, "heat": _heat}[plot["kind"]](plot)
+    legend = "".join(f'<span><i class="c{i % 6}"></i>{escape(n)}</span>' for i, n in enumerate(names)) if len(names) > 1 else ""
+    return (f'<figure><figcaption>{escape(plot["title"])}</figcaption>{body}' + (f'<div class="legend">{legend}</div>' if legend else "") +
+            (f'<p class="note">{escape(plot["note"])}</p>' if plot.get("note") else "") + "</figure>")
+
+
+def ticks(low: float, high: float, want: int = 5) -> list[float]:
+    """Round tick positions that cover [low, high]."""
+    if high <= low:
+        high = low + (abs(low) or 1)
+    raw = (high - low) / want
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    found = [round((first + i) * step, 12) for i in range(want + 3)]
+    return [t for i, t in enumerate(found) if i == 0 or found[i - 1] < high - step * 1e-6]
+
+
+def number(v: float) -> str:
+    """A short number: 1.2M, 250k, 0.31."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(v) >= size:
+            return f"{v / size:.3g}{unit}"
+    return f"{v:.3g}"
+
+
+def _frame(xs: list[tuple[float, str]], ys: list[tuple[float, str]], x: str, y: str) -> str:
+    parts = [f'<line class="grid" x1="{LEFT}" x2="{W - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>'
+             f'<text class="tick" x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{escape(label)}</text>' for py, label in ys]
+    parts += [f'<text class="tick" x="{px:.1f}" y="{H - BOTTOM + 18}" text-anchor="middle">{escape(label)}</text>' for px, label in xs]
+    parts.append(f'<text class="axis" x="{(LEFT + W - RIGHT) / 2}" y="{H - 6}" text-anchor="middle">{escape(x)}</text>')
+    parts.append(f'<text class="axis" transform="translate(14 {(TOP + H - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
+    return "".join(parts)
+
+
+def _svg(body: str, title: str, height: int = H) -> str:
+    return f'<svg viewBox="0 0 {W} {height}" role="img" aria-label="{escape(title)}">{body}</svg>'
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Any:
+    return lambda v: start + (v - low) / ((high - low) or 1) * (end - start)
+
+
+def _line(p: dict[str, Any]) -> tuple[str, list[str]]:
+    points = [(float(a), float(b)) for s in p["series"].values() for a, b in s if math.isfinite(b)]
+    if not points:
+        return _svg("", p["title"]), list(p["series"])
+    ty = ticks(min(b for _, b in points), max(b for _, b in points))
+    tx = ticks(min(a for a, _ in points), max(a for a, _ in points))
+    high_x = max(a for a, _ in points)
+    sx, sy = _scale(tx[0], high_x, LEFT, W - RIGHT), _scale(ty[0], ty[-1], H - BOTTOM, TOP)
+    body = _frame([(sx(t), number(t)) for t in tx if t <= high_x], [(sy(t), number(t)) for t in ty], p["x"], p["y"])
+    for i, (name, series) in enumerate(p["series"].items()):
+        good = [(sx(a), sy(b), a, b) for a, b in series if math.isfinite(b)]
+        body += f'<polyline class="s{i % 6}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b, *_ in good)}"/>'
+        body += "".join(f'<circle class="d{i % 6}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{escape(name)}: {number(u)}, {v:.4g}</title></circle>'
+                        for a, b, u, v in good)
+    return _svg(body, p["title"]), list(p["series"])
+
+
+def _bars(p: dict[str, Any]) -> tuple[str, list[str]]:
+    values = [float(v) for s in p["series"].values() for v in s if v is not None]
+    ty = ticks(min(0.0, *values), max(values))
+    sy = _scale(ty[0], ty[-1], H - BOTTOM, TOP)
+    slot = (W - LEFT - RIGHT) / len(p["groups"])
+    width = slot * 0.76 / len(p["series"])
+    every = max(1, math.ceil(len(p["groups"]) * 7 * max(map(len, map(str, p["groups"]))) / (W - LEFT - RIGHT)))
+    xs = [(LEFT + slot * (i + 0.5), str(g)) for i, g in enumerate(p["groups"]) if i % every == 0]
+    body = _frame(xs, [(sy(t), number(t)) for t in ty], p.get("x", ""), p["y"])
+    for j, (name, series) in enumerate(p["series"].items()):
+        for i, v in enumerate(series):
+            if v is None:
+                continue
+            x, top = LEFT + slot * i + slot * 0.12 + width * j, min(sy(v), sy(0))
+            body += (f'<rect class="b{j % 6}" x="{x:.1f}" y="{top:.1f}" width="{max(width - 2, 1):.1f}" height="{abs(sy(v) - sy(0)):.1f}" rx="2">'
+                     f'<title>{escape(str(p["groups"][i]))}, {escape(name)}: {v:.4g}</title></rect>')
+    if "line" in p:  # a level to compare with
+        y = sy(p["line"]["at"])
+        body += (f'<line class="mark" x1="{LEFT}" x2="{W - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+                 f'<text class="tick" x="{W - RIGHT}" y="{y - 5:.1f}" text-anchor="end">{escape(p["line"]["name"])}</text>')
+    return _svg(body, p["title"]), list(p["series"])
+
+
+def _heat(p: dict[str, Any]) -> tuple[str, list[str]]:
+    rows, columns = p["rows"], p["columns"]
+    cell_h = min(34, max(16, 240 / len(rows)))
+    height = int(TOP + cell_h * len(rows) + BOTTOM)
+    cell_w = (W - LEFT - RIGHT) / len(columns)
+    top = max((v for row in p["values"] for v in row), default=1) or 1
+    body = ""
+    for i, (name, row) in enumerate(zip(rows, p["values"], strict=True)):
+        y = TOP + cell_h * i
+        body += f'<text class="tick" x="{LEFT - 8}" y="{y + cell_h / 2 + 4:.1f}" text-anchor="end">{escape(str(name))}</text>'
+        for j, v in enumerate(row):
+            x = LEFT + cell_w * j
+            body += (f'<rect class="h" x="{x:.1f}" y="{y:.1f}" width="{cell_w - 2:.1f}" height="{cell_h - 2:.1f}" rx="2" style="--v:{v / top:.3f}">'
+                     f'<title>{escape(str(name))}, {escape(str(columns[j]))}: {v:.3g}</title></rect>')
+            if cell_w > 34 and cell_h >= 16:
+                ink = "on" if v / top > 0.55 else "off"
+                body += f'<text class="cell {ink}" x="{x + cell_w / 2 - 1:.1f}" y="{y + cell_h / 2 + 3:.1f}" text-anchor="middle">{number(v)}</text>'
+    bottom = TOP + cell_h * len(rows)
+    body += "".join(f'<text class="tick" x="{LEFT + cell_w * (j + 0.5):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{escape(str(c))}</text>'
+                    for j, c in enumerate(columns))
+    body += f'<text class="axis" x="{(LEFT + W - RIGHT) / 2}" y="{height - 6}" text-anchor="middle">{escape(p["x"])}</text>'
+    body += f'<text class="axis" transform="translate(14 {TOP + cell_h * len(rows) / 2}) rotate(-90)" text-anchor="middle">{escape(p["y"])}</text>'
+    return _svg(body, p["title"], height), []
