@@ -17,13 +17,13 @@ from typing import Any
 
 from modelwright import registry
 from modelwright.core.certificate import Certificate, certify, logits_of, probe_ids
-from modelwright.core.checkpoint import SEEDLING, Checkpoint, fingerprint, versions
+from modelwright.core.checkpoint import Checkpoint, fingerprint, versions
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, plain
 from modelwright.core.progress import Progress, Silent
 from modelwright.core.report import Report
 from modelwright.core.writer import Blueprint, Built, disk_errors, staging, write_card, write_lineage, write_model, write_tensors
-from modelwright.recipe import Recipe, Save, Step, check, parse
+from modelwright.recipe import Recipe, Step, check, parse
 
 
 @dataclass
@@ -73,7 +73,7 @@ def _raw(value: Any) -> Any:
 def run_recipe(recipe: Recipe, progress: Progress | None = None) -> Result:
     """Run all steps. A recipe whose result exists already is not run again."""
     check(recipe)
-    _calm()
+    calm()
     to = Path(recipe.save.to or os.path.join("out", recipe.name))
     if done := _finished(recipe, to):
         return done
@@ -143,6 +143,7 @@ def _publish(r: _Run, result: Result, to: Path) -> None:
             source = r.work / f"{i}-{step.entry.name}" / name
             if source.exists():
                 os.rename(source, small / f"{i}-{step.entry.name}" / name)
+    shutil.rmtree(folder / "steps", ignore_errors=True)
     os.rename(small, folder / "steps")
     write_lineage(folder, lineage)
     if result.certificate and r.checkpoint:
@@ -263,12 +264,11 @@ def _write_json(file: Path, value: Any) -> None:
     part.replace(file)
 
 
-def _calm() -> None:
+def calm() -> None:
+    """Quiet transformers: our own bars and sentences speak."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-
-__all__ = ["Result", "SEEDLING", "Save", "run", "run_recipe"]

@@ -10,7 +10,7 @@ import math
 from html import escape
 from typing import Any
 
-W, H, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 62, 16, 14, 46
+W, H, LEFT, RIGHT, TOP, BOTTOM = 520, 300, 62, 14, 14, 50
 
 
 def draw(plot: dict[str, Any]) -> str:
@@ -45,8 +45,8 @@ def _frame(xs: list[tuple[float, str]], ys: list[tuple[float, str]], x: str, y: 
     parts = [f'<line class="grid" x1="{LEFT}" x2="{W - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>'
              f'<text class="tick" x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{escape(label)}</text>' for py, label in ys]
     parts += [f'<text class="tick" x="{px:.1f}" y="{H - BOTTOM + 18}" text-anchor="middle">{escape(label)}</text>' for px, label in xs]
-    parts.append(f'<text class="axis" x="{(LEFT + W - RIGHT) / 2}" y="{H - 6}" text-anchor="middle">{escape(x)}</text>')
-    parts.append(f'<text class="axis" transform="translate(14 {(TOP + H - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
+    parts.append(f'<text class="axis" x="{(LEFT + W - RIGHT) / 2}" y="{H - 8}" text-anchor="middle">{escape(x)}</text>')
+    parts.append(f'<text class="axis" transform="translate(15 {(TOP + H - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
     return "".join(parts)
 
 
@@ -112,12 +112,12 @@ def _heat(p: dict[str, Any]) -> tuple[str, list[str]]:
             x = LEFT + cell_w * j
             body += (f'<rect class="h" x="{x:.1f}" y="{y:.1f}" width="{cell_w - 2:.1f}" height="{cell_h - 2:.1f}" rx="2" style="--v:{v / top:.3f}">'
                      f'<title>{escape(str(name))}, {escape(str(columns[j]))}: {v:.3g}</title></rect>')
-            if cell_w > 34 and cell_h >= 16:
+            if cell_w > 34:
                 ink = "on" if v / top > 0.55 else "off"
-                body += f'<text class="cell {ink}" x="{x + cell_w / 2 - 1:.1f}" y="{y + cell_h / 2 + 3:.1f}" text-anchor="middle">{number(v)}</text>'
+                body += f'<text class="cell {ink}" x="{x + cell_w / 2 - 1:.1f}" y="{y + cell_h / 2 + 3:.1f}" text-anchor="middle">{f'{v:.2g}' if v == 0 or v >= 0.005 else '~0'}</text>'
     bottom = TOP + cell_h * len(rows)
     body += "".join(f'<text class="tick" x="{LEFT + cell_w * (j + 0.5):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{escape(str(c))}</text>'
                     for j, c in enumerate(columns))
-    body += f'<text class="axis" x="{(LEFT + W - RIGHT) / 2}" y="{height - 6}" text-anchor="middle">{escape(p["x"])}</text>'
-    body += f'<text class="axis" transform="translate(14 {TOP + cell_h * len(rows) / 2}) rotate(-90)" text-anchor="middle">{escape(p["y"])}</text>'
+    body += f'<text class="axis" x="{(LEFT + W - RIGHT) / 2}" y="{height - 8}" text-anchor="middle">{escape(p["x"])}</text>'
+    body += f'<text class="axis" transform="translate(15 {TOP + cell_h * len(rows) / 2}) rotate(-90)" text-anchor="middle">{escape(p["y"])}</text>'
     return _svg(body, p["title"], height), []

@@ -67,7 +67,7 @@ class Report:
             for t in s.tables:
                 table = Table(title=t["title"], title_justify="left", title_style="dim", box=None, pad_edge=False, show_header=any(t["columns"]))
                 for i, c in enumerate(t["columns"]):
-                    table.add_column(c, justify="left" if i == 0 or t["title"] == "Facts" else "right")
+                    table.add_column(c, justify="left" if i == 0 or t["title"] == "Facts" or t.get("prose") else "right")
                 for row in t["rows"]:
                     table.add_row(*map(str, row))
                 console.print(table)
@@ -123,7 +123,7 @@ def _table(t: dict[str, Any]) -> str:
     inner = f"<table>{f'<thead><tr>{head}</tr></thead>' if any(t['columns']) else ''}<tbody>{rows}</tbody></table>"
     if t["title"] == "Facts":
         return f"<details><summary>{escape(t['title'])}</summary><div class=\"scroll plain\">{inner}</div></details>"
-    return f'<h3>{escape(t["title"])}</h3><div class="scroll">{inner}</div>'
+    return f'<h3>{escape(t["title"])}</h3><div class="scroll{" prose" if t.get("prose") else ""}">{inner}</div>'
 
 
 _CSS = """
@@ -138,9 +138,10 @@ h2{font-size:1.15rem;margin:0 0 .4em}h3{font-size:.85rem;font-weight:600;color:v
 .tile b{font-size:1.35rem;font-variant-numeric:tabular-nums;line-height:1.2}.tile span{font-size:.85rem}.tile small{color:var(--dim)}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:16px}figure{margin:8px 0;min-width:0}figcaption{font-weight:600;font-size:.92rem;margin-bottom:4px}
 .note{color:var(--dim);font-size:.82rem;margin:.2em 0}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--line)}th{color:var(--dim);font-weight:600;white-space:nowrap}th:first-child,td:first-child{text-align:left;padding-left:0}tbody tr:last-child td{border-bottom:0}.plain td{text-align:left;overflow-wrap:anywhere}
+th,td{text-align:right;padding:5px 10px;border-bottom:1px solid var(--line)}th{color:var(--dim);font-weight:600;white-space:nowrap}th:first-child,td:first-child{text-align:left;padding-left:0}tbody tr:last-child td{border-bottom:0}.plain td,.prose td{text-align:left;overflow-wrap:anywhere}
+.prose td:last-child{font:12.5px/1.5 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap}.prose td:first-child{white-space:nowrap;vertical-align:top}
 details summary{cursor:pointer;color:var(--dim);font-size:.88rem;margin-top:.8em}footer dl{display:grid;grid-template-columns:max-content 1fr;gap:2px 16px;font-size:.85rem;color:var(--dim)}dd{margin:0;overflow-wrap:anywhere}
-svg{width:100%;height:auto;display:block}svg text{font-family:inherit;fill:var(--dim);font-size:12px}svg .axis{fill:var(--ink)}svg .grid{stroke:var(--line)}svg .mark{stroke:var(--dim);stroke-dasharray:4 4}svg polyline{fill:none;stroke-width:2.2}
-.h{fill:color-mix(in srgb,var(--c0) calc(var(--v)*100%),var(--bg))}svg .cell{font-size:11px}svg .cell.on{fill:var(--card)}svg .cell.off{fill:var(--ink)}
+svg{width:100%;height:auto;display:block}svg text{font-family:inherit;fill:var(--dim);font-size:13px}svg .axis{fill:var(--ink)}svg .grid{stroke:var(--line)}svg .mark{stroke:var(--dim);stroke-dasharray:4 4}svg polyline{fill:none;stroke-width:2.2}
+.h{fill:color-mix(in srgb,var(--c0) calc(var(--v)*100%),var(--bg))}svg .cell{font-size:12px}svg .cell.on{fill:var(--card)}svg .cell.off{fill:var(--ink)}
 .legend{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.83rem;color:var(--dim);padding-left:4px}.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:5px;vertical-align:-1px}
 """ + "".join(f".s{i}{{stroke:var(--c{i})}}.d{i},.b{i}{{fill:var(--c{i})}}.legend .c{i}{{background:var(--c{i})}}" for i in range(6))

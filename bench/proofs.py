@@ -1,0 +1,59 @@
+"""Make PROOFS.md from the test files' names and the benchmarks' results."""
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+
+def main() -> None:
+    from matrix import ROWS
+
+    from modelwright import registry
+
+    out = ["# Proofs", "", "Made by `make proofs`. Invariants hold exactly and are tests; claims are measured in `bench/`, each with its baseline and "
+           "control, and reported as they came out.", ""]
+    out += ["## Claims and speed", ""]
+    for file in sorted((ROOT / "bench" / "results").glob("*.json")):
+        out += _claim(json.loads(file.read_text()))
+    out += ["## Invariants", ""]
+    for e in registry.ENTRIES:
+        out += [f"### `{e.name}`", ""]
+        out += [line for proof in ROWS[e.name].proofs for line in _invariants(proof)] + [""]
+    out += ["### The kernel", ""]
+    proven = {p for row in ROWS.values() for p in row.proofs}
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        name = str(file.relative_to(ROOT))
+        if name not in proven:
+            out += _invariants(name)
+    (ROOT / "PROOFS.md").write_text("\n".join(out).rstrip() + "\n")
+
+
+def _claim(r: dict) -> list[str]:
+    out = [f"### {r['name']}", "", f"**Claim.** {r['claim']}", "", f"**Outcome.** {r['outcome']}", ""]
+    out += ["| " + " | ".join(map(str, r["columns"])) + " |", "|" + "---|" * len(r["columns"])]
+    out += ["| " + " | ".join(_cell(v) for v in row) + " |" for row in r["rows"]] + [""]
+    out += [f"- {n}" for n in r["notes"]]
+    v = r["versions"]
+    seeds = f"seeds {', '.join(map(str, r['seeds']))}; " if r["seeds"] else ""
+    return [*out, f"- `{r['command']}`, {r['date']}; {seeds}{v['machine']}, Python {v['python']}, torch {v['torch']}, transformers {v['transformers']}", ""]
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _invariants(name: str) -> list[str]:
+    file = ROOT / name
+    if not file.exists():
+        return []
+    tests = [n.name.removeprefix("test_").replace("_", " ") for n in ast.walk(ast.parse(file.read_text()))
+             if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+    return [f"- {t} ({name})" for t in tests]
+
+
+if __name__ == "__main__":
+    main()

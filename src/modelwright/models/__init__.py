@@ -1,0 +1,1 @@
+"""The few architectures that no stock class can hold."""
