@@ -130,7 +130,7 @@ def _key(before: str, step: Step, seed: int, r: _Run) -> str:
 
 def _publish(r: _Run, result: Result, to: Path) -> None:
     recipe, last = r.recipe, r.work / f"{len(r.recipe.steps) - 1}-{r.recipe.steps[-1].entry.name}"
-    lineage = {"modelwright": versions()["modelwright"], "name": recipe.name, "recipe": recipe.plain(), "recipe_key": result.steps[-1]["key"],
+    lineage = {"modelwright": versions()["modelwright"], "name": recipe.name, "recipe": _identity(recipe), "recipe_key": result.steps[-1]["key"],
                "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "base": recipe.base,
                "base_fingerprint": Checkpoint(recipe.base).fingerprint() if recipe.base else None,
                "steps": r.history + [{k: v for k, v in s.items() if k != "key"} for s in result.steps], "versions": versions()}
@@ -158,9 +158,15 @@ def _publish(r: _Run, result: Result, to: Path) -> None:
     shutil.rmtree(r.work, ignore_errors=True)
 
 
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without the place of its result: what makes two runs the same run."""
+    whole = recipe.plain()
+    return whole | {"save": {k: v for k, v in whole["save"].items() if k != "to"}}
+
+
 def _finished(recipe: Recipe, to: Path) -> Result | None:
     file = to / "modelwright.json"
-    if not file.is_file() or json.loads(file.read_text()).get("recipe") != json.loads(json.dumps(recipe.plain())):
+    if not file.is_file() or json.loads(file.read_text()).get("recipe") != json.loads(json.dumps(_identity(recipe))):
         return None
     result = Result(to, json.loads((to / "report.json").read_text())["steps"], Report(recipe.name))
     for entry in result.steps:

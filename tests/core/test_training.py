@@ -28,7 +28,7 @@ from modelwright.core.training import LossTerm, Outcome, Technique, evaluate_row
 from modelwright.tune import full, lora
 
 REPEATED = ["step", "kind", "name", "example", "loss", "tokens", "lr"]  # all columns but the energy
-STEPS = 11  # of the resumed runs: 21 rows, two passes, 4 rows a step
+STEPS, BUDGET = 11, 11 * 4 * 16  # of the resumed runs: almost two passes over 21 rows, 4 rows of 16 tokens a step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -237,18 +237,18 @@ class Alternating(Technique):
 
 def test_state_of_a_technique_is_saved_and_restored(tmp_path: Path) -> None:
     unbroken, before, after = Alternating(), Alternating(), Alternating()
-    want = go(tmp_path / "a", unbroken, epochs=2, save_every=3, evals=False)
+    want = go(tmp_path / "a", unbroken, tokens=BUDGET, save_every=3, evals=False)
     with pytest.raises(Fatal):
-        go(tmp_path / "b", before, epochs=2, save_every=3, stop=5, evals=False)
-    got = go(tmp_path / "b", after, epochs=2, save_every=3, evals=False)
+        go(tmp_path / "b", before, tokens=BUDGET, save_every=3, stop=5, evals=False)
+    got = go(tmp_path / "b", after, tokens=BUDGET, save_every=3, evals=False)
     assert after.turn == unbroken.turn == STEPS and torch.equal(after.mean, unbroken.mean)
     assert same(weights(got.model), weights(want.model))
     (tmp_path / "c").mkdir()
     with pytest.raises(Fatal):
-        go(tmp_path / "c", Alternating(), epochs=2, save_every=3, stop=5, evals=False)
+        go(tmp_path / "c", Alternating(), tokens=BUDGET, save_every=3, stop=5, evals=False)
     amnesic = Alternating()
     amnesic.load_state_dict = lambda state: None  # type: ignore[method-assign]
-    assert not same(weights(go(tmp_path / "c", amnesic, epochs=2, save_every=3, evals=False).model), weights(want.model))
+    assert not same(weights(go(tmp_path / "c", amnesic, tokens=BUDGET, save_every=3, evals=False).model), weights(want.model))
 
 
 class Zeroed(Technique):
@@ -313,7 +313,7 @@ def test_attachment_selector_and_data_policy_take_effect(tmp_path: Path) -> None
 
 
 # ---- budgets, bounds, evaluation -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("train", "steps"), [({"epochs": 1.0}, 6), ({"epochs": 0.1}, 1), ({"epochs": 2.5, "accumulate": 2}, 7),
+@pytest.mark.parametrize(("train", "steps"), [({"epochs": 1.0}, 6), ({"epochs": 0.5}, 3), ({"epochs": 0.01}, 1), ({"epochs": 1.0, "accumulate": 2}, 3),
                                               ({"tokens": 16 * 4 * 3}, 3), ({"tokens": 16 * 4 * 3 + 1}, 4), ({"tokens": 1, "epochs": 9.0}, 1)])
 def test_steps_follow_the_budget(train: dict[str, Any], steps: int) -> None:
     assert steps_for(rows(), Train(batch=4, **train)) == steps
@@ -323,6 +323,12 @@ def test_token_budget_leaves_padding_out() -> None:
     short = rows()
     short.lengths = torch.full((21,), 8)
     assert steps_for(short, Train(batch=4, tokens=16 * 4 * 3)) == 6
+
+
+@pytest.mark.parametrize("budget", [{"epochs": 2.0}, {"tokens": BUDGET}, {"epochs": 1.0, "accumulate": 3}])
+def test_tokens_of_the_outcome_are_those_that_were_seen(budget: dict[str, Any], tmp_path: Path) -> None:
+    out = go(tmp_path, evals=False, **budget)
+    assert out.tokens == 16 * parquet.read_table(out.dynamics).num_rows
 
 
 def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text() -> None:
@@ -342,7 +348,7 @@ def test_evaluation_leaves_the_training_mode_and_needs_no_dropout() -> None:
 
 
 def test_evaluations_are_at_the_start_the_end_and_the_asked_steps(tmp_path: Path) -> None:
-    out = go(tmp_path, epochs=2, eval_every=4)
+    out = go(tmp_path, tokens=BUDGET, eval_every=4)
     assert [e["step"] for e in out.evals] == [0, 4, 8, STEPS]
     assert out.at("new", last=False)["step"] == 0 and out.at("new")["step"] == STEPS
     assert out.at("new")["loss"] == pytest.approx(evaluate_rows(out.model, rows(4, seed=9), 4)["loss"], abs=1e-6)
@@ -372,7 +378,7 @@ CASES = [("full", {}, 1), ("full", {}, 2), ("lora", {"dropout": 0.3}, 1), ("lora
 def resumable(case: tuple[str, dict[str, Any], int], folder: Path, **more: Any) -> Outcome:
     name, knobs, accumulate = case
     technique = full.Full(full.Knobs()) if name == "full" else lora.Lora(lora.Knobs(**knobs))
-    return go(folder, technique, of=model(attention_dropout=0.2), batch=4 // accumulate, accumulate=accumulate, epochs=2, save_every=2, **more)
+    return go(folder, technique, of=model(attention_dropout=0.2), batch=4 // accumulate, accumulate=accumulate, tokens=BUDGET, save_every=2, **more)
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +411,7 @@ def test_resumed_run_is_bit_equal_to_the_unbroken_one(case: tuple[str, dict[str,
 
 def test_dropout_changes_the_run(unbroken: Any, tmp_path: Path) -> None:
     want, _ = unbroken(CASES[0])  # else the tests above would not see a generator that is not restored
-    assert not same(weights(go(tmp_path, epochs=2, save_every=2).model), want)
+    assert not same(weights(go(tmp_path, tokens=BUDGET, save_every=2).model), want)
 
 
 def test_finished_run_taken_up_again_trains_no_further(unbroken: Any, tmp_path: Path) -> None:

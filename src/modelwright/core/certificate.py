@@ -73,7 +73,7 @@ class Certificate:
                                          ("probe bits per byte", self.bits_per_byte_before, self.bits_per_byte_after)):
             if new_loss is not None:
                 rows.append((name, f"{old_loss:.4f}", f"{new_loss:.4f}"))
-        if self.max_abs_dlogit is not None:
+        if self.max_abs_dlogit is not None and self.promise != "trained":
             rows.append(("largest logit difference", "", f"{self.max_abs_dlogit:.2e}"))
         return rows
 

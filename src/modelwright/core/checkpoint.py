@@ -10,7 +10,7 @@ import os
 import platform
 import re
 from collections import OrderedDict
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -249,9 +249,14 @@ def skeleton(config: Any) -> nn.Module:
 
 def disk_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the stock class writes to disk (its own conversion, run on meta tensors)."""
+    return _disk_shapes(config.to_json_string(use_diff=False))
+
+
+@cache
+def _disk_shapes(config_json: str) -> dict[str, tuple[int, ...]]:
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = skeleton(config)
+    model = skeleton(config_of(json.loads(config_json)))
     state = dict(model.named_parameters())
     state |= {n: b for n, b in model.named_buffers() if n in model.state_dict()}
     return {n: tuple(t.shape) for n, t in revert_weight_conversion(model, state).items()}

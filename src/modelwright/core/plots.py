@@ -113,8 +113,9 @@ def _heat(p: dict[str, Any]) -> tuple[str, list[str]]:
             body += (f'<rect class="h" x="{x:.1f}" y="{y:.1f}" width="{cell_w - 2:.1f}" height="{cell_h - 2:.1f}" rx="2" style="--v:{v / top:.3f}">'
                      f'<title>{escape(str(name))}, {escape(str(columns[j]))}: {v:.3g}</title></rect>')
             if cell_w > 34:
+                label = f"{v:.2g}" if v == 0 or v >= 0.005 else "~0"
                 ink = "on" if v / top > 0.55 else "off"
-                body += f'<text class="cell {ink}" x="{x + cell_w / 2 - 1:.1f}" y="{y + cell_h / 2 + 3:.1f}" text-anchor="middle">{f'{v:.2g}' if v == 0 or v >= 0.005 else '~0'}</text>'
+                body += f'<text class="cell {ink}" x="{x + cell_w / 2 - 1:.1f}" y="{y + cell_h / 2 + 3:.1f}" text-anchor="middle">{label}</text>'
     bottom = TOP + cell_h * len(rows)
     body += "".join(f'<text class="tick" x="{LEFT + cell_w * (j + 0.5):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{escape(str(c))}</text>'
                     for j, c in enumerate(columns))

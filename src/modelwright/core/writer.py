@@ -9,7 +9,9 @@ import errno
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 from modelwright.core.checkpoint import CODES, LINEAGE, Checkpoint, config_of, disk_shapes, require_finite
 from modelwright.core.errors import UserError
 
+_WRITERS = 2
 Piece = tuple[str, Tensor] | tuple[str, Tensor, int]  # name, values, and for a slice of dimension 0 its index
 
 
@@ -124,17 +127,23 @@ def write_tensors(blueprint: Blueprint, folder: Path, shard_size: int, tick: Cal
             _write(fd, memoryview(len(header).to_bytes(8, "little") + header), 0)
             for n in names:
                 place[n] = (fd, 8 + len(header) + table[n]["data_offsets"][0])
-        for piece in blueprint.stream():
-            name, tensor = piece[0], piece[1]
-            index = piece[2] if len(piece) == 3 else None
-            want = shapes[name] if index is None else shapes[name][1:]
-            if tuple(tensor.shape) != want or tensor.dtype != blueprint.dtypes[name]:
-                raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want} {blueprint.dtypes[name]}")
-            data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
-            fd, offset = place[name]
-            _write(fd, data, offset + (index or 0) * len(data))
-            todo[name] -= len(data)
-            tick(len(data))
+        with ThreadPoolExecutor(_WRITERS) as pool:  # writing releases the interpreter, so copies overlap with making the next tensor
+            flying: deque[Future[None]] = deque()
+            for piece in blueprint.stream():
+                name, tensor = piece[0], piece[1]
+                index = piece[2] if len(piece) == 3 else None
+                want = shapes[name] if index is None else shapes[name][1:]
+                if tuple(tensor.shape) != want or tensor.dtype != blueprint.dtypes[name]:
+                    raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want} {blueprint.dtypes[name]}")
+                data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+                fd, offset = place[name]
+                if len(flying) > _WRITERS:
+                    flying.popleft().result()
+                flying.append(pool.submit(_write, fd, data, offset + (index or 0) * len(data)))
+                todo[name] -= len(data)
+                tick(len(data))
+            for f in flying:
+                f.result()
     finally:
         for fd in handles:
             os.close(fd)
