@@ -16,12 +16,31 @@ RESULTS = Path(__file__).parent / "results"
 SHARED = Path(os.environ.get("MODELWRIGHT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
-def save(name: str, *, claim: str, outcome: str, columns: list[str], rows: list[list[Any]], seeds: list[int] | None = None,
-         notes: list[str] | None = None, command: str | None = None) -> None:
+def save(
+    name: str,
+    *,
+    claim: str,
+    outcome: str,
+    columns: list[str],
+    rows: list[list[Any]],
+    seeds: list[int] | None = None,
+    notes: list[str] | None = None,
+    command: str | None = None,
+) -> None:
     """Write bench/results/NAME.json. `claim` is what was to be shown, `outcome` what was seen, negative results included."""
     RESULTS.mkdir(exist_ok=True)
-    result = {"name": name, "claim": claim, "outcome": outcome, "columns": columns, "rows": rows, "seeds": seeds or [], "notes": notes or [],
-              "command": command or f"python bench/{Path(sys.argv[0]).name}", "date": date.today().isoformat(), "versions": versions()}
+    result = {
+        "name": name,
+        "claim": claim,
+        "outcome": outcome,
+        "columns": columns,
+        "rows": rows,
+        "seeds": seeds or [],
+        "notes": notes or [],
+        "command": command or f"python bench/{Path(sys.argv[0]).name}",
+        "date": date.today().isoformat(),
+        "versions": versions(),
+    }
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 

@@ -11,11 +11,15 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 def main() -> None:
     from matrix import ROWS
-
     from modelwright import registry
 
-    out = ["# Proofs", "", "Made by `make proofs`. Invariants hold exactly and are tests; claims are measured in `bench/`, each with its baseline and "
-           "control, and reported as they came out.", ""]
+    out = [
+        "# Proofs",
+        "",
+        "Made by `make proofs`. Invariants hold exactly and are tests; claims are measured in `bench/`, each with its baseline and "
+        "control, and reported as they came out.",
+        "",
+    ]
     out += ["## Claims and speed", ""]
     for file in sorted((ROOT / "bench" / "results").glob("*.json")):
         out += _claim(json.loads(file.read_text()))
@@ -39,7 +43,8 @@ def _claim(r: dict) -> list[str]:
     out += [f"- {n}" for n in r["notes"]]
     v = r["versions"]
     seeds = f"seeds {', '.join(map(str, r['seeds']))}; " if r["seeds"] else ""
-    return [*out, f"- `{r['command']}`, {r['date']}; {seeds}{v['machine']}, Python {v['python']}, torch {v['torch']}, transformers {v['transformers']}", ""]
+    where = f"{v['machine']}, Python {v['python']}, torch {v['torch']}, transformers {v['transformers']}"
+    return [*out, f"- `{r['command']}`, {r['date']}; {seeds}{where}", ""]
 
 
 def _cell(value: object) -> str:
@@ -50,8 +55,11 @@ def _invariants(name: str) -> list[str]:
     file = ROOT / name
     if not file.exists():
         return []
-    tests = [n.name.removeprefix("test_").replace("_", " ") for n in ast.walk(ast.parse(file.read_text()))
-             if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+    tests = [
+        n.name.removeprefix("test_").replace("_", " ")
+        for n in ast.walk(ast.parse(file.read_text()))
+        if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")
+    ]
     return [f"- {t} ({name})" for t in tests]
 
 

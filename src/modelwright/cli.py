@@ -12,12 +12,15 @@ from typing import Annotated, Any, get_args, get_origin
 import typer
 from typer.core import TyperGroup
 
-from modelwright import __version__, recipe as recipes, registry
+from modelwright import __version__, registry
+from modelwright import recipe as recipes
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import default_of, flat, type_name
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, as in steps.1.train.lr=3e-4; steps count from 0.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, as in steps.1.train.lr=3e-4; steps count from 0.")
+]
 
 
 class _Group(TyperGroup):
@@ -30,8 +33,14 @@ class _Group(TyperGroup):
         return super().get_command(ctx, name) or (_family(name) if name in _families() else None)
 
 
-app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="A workshop for language models: reshape, tune, align, serve and inspect checkpoints, with a proof printed for every step.")
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="A workshop for language models: reshape, tune, align, serve and inspect checkpoints, with a proof printed for every step.",
+)
 
 
 def _families() -> list[str]:
@@ -65,8 +74,20 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
     P = inspect.Parameter
     params = []
     if "checkpoint" in e.takes:
-        params.append(P("base", P.KEYWORD_ONLY, annotation=Annotated[str, typer.Option("--base", metavar="PATH", help="Checkpoint folder or hub id.")]))
-    params.append(P("to", P.KEYWORD_ONLY, annotation=Annotated[str, typer.Option("--to", metavar="PATH", help="Folder of the result; must not exist yet.")]))
+        params.append(
+            P(
+                "base",
+                P.KEYWORD_ONLY,
+                annotation=Annotated[str, typer.Option("--base", metavar="PATH", help="Checkpoint folder or hub id.")],
+            )
+        )
+    params.append(
+        P(
+            "to",
+            P.KEYWORD_ONLY,
+            annotation=Annotated[str, typer.Option("--to", metavar="PATH", help="Folder of the result; must not exist yet.")],
+        )
+    )
     leaves = flat(registry.knobs(e))
     for name, f in leaves:
         flag = name.replace("_", "-")
@@ -76,16 +97,30 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
         kind = list[str] if get_origin(f.type) is list else bool if f.type is bool else str
         flags = [f"--{flag}/--no-{flag}"] if f.type is bool else names
         shape = {list: "YAML", dict: "YAML"}.get(get_origin(f.type)) or {int: "N", float: "X", bool: None}.get(f.type, "TEXT")
-        params.append(P(name.replace(".", "__"), P.KEYWORD_ONLY, default=None,
-                        annotation=Annotated[kind | None, typer.Option(*flags, help=meaning, show_default=False, metavar=shape)]))
-    for name, kind, option, default in (("seed", int, typer.Option("--seed", help="Seed of every random draw."), 0),
-                                        ("save", list[str] | None, typer.Option("--save", metavar="KEY=VALUE", help="shard_size, certificate, force."), None),
-                                        ("as_json", bool, typer.Option("--json", help="Machine-readable output on standard output."), False)):
+        params.append(
+            P(
+                name.replace(".", "__"),
+                P.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, typer.Option(*flags, help=meaning, show_default=False, metavar=shape)],
+            )
+        )
+    for name, kind, option, default in (
+        ("seed", int, typer.Option("--seed", help="Seed of every random draw."), 0),
+        ("save", list[str] | None, typer.Option("--save", metavar="KEY=VALUE", help="shard_size, certificate, force."), None),
+        ("as_json", bool, typer.Option("--json", help="Machine-readable output on standard output."), False),
+    ):
         params.append(P(name, P.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]))
     kinds = {name: f.type for name, f in leaves}
 
     def command(**given: Any) -> None:
-        raw: dict[str, Any] = {"name": e.name, "seed": given["seed"], "base": given.get("base"), "steps": [{e.name: {}}], "save": {"to": given["to"]}}
+        raw: dict[str, Any] = {
+            "name": e.name,
+            "seed": given["seed"],
+            "base": given.get("base"),
+            "steps": [{e.name: {}}],
+            "save": {"to": given["to"]},
+        }
         knobs = raw["steps"][0][e.name]
         for name, kind in kinds.items():
             value = given[name.replace(".", "__")]
@@ -128,15 +163,20 @@ def _print_json(value: Any) -> None:
 
 
 @app.command()
-def run(recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a ready one.")], sets: Sets = None, as_json: Json = False) -> None:
+def run(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a ready one.")], sets: Sets = None, as_json: Json = False
+) -> None:
     """Run a recipe. A stopped run continues where it was."""
     _run(recipes.read(recipe, sets or []), as_json)
 
 
 @app.command()
-def check(recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a ready one.")], sets: Sets = None,
-          deep: Annotated[bool, typer.Option("--deep", help="Also load configs and data: sizes, memory, first rows.")] = False,
-          as_json: Json = False) -> None:
+def check(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a ready one.")],
+    sets: Sets = None,
+    deep: Annotated[bool, typer.Option("--deep", help="Also load configs and data: sizes, memory, first rows.")] = False,
+    as_json: Json = False,
+) -> None:
     """Check a recipe without running it (no torch)."""
     found = recipes.read(recipe, sets or [])
     remarks = recipes.check(found)
@@ -159,8 +199,15 @@ def check(recipe: Annotated[str, typer.Argument(help="Recipe file, or the name o
 def list_(as_json: Json = False) -> None:
     """List all methods and ready recipes."""
     if as_json:
-        _print_json({"steps": [{"name": e.name, "line": e.line, "paper": e.paper, "takes": e.takes, "gives": e.gives, "loads_in": e.loads_in}
-                               for e in registry.ENTRIES], "recipes": list(recipes.ready_recipes())})
+        _print_json(
+            {
+                "steps": [
+                    {"name": e.name, "line": e.line, "paper": e.paper, "takes": e.takes, "gives": e.gives, "loads_in": e.loads_in}
+                    for e in registry.ENTRIES
+                ],
+                "recipes": list(recipes.ready_recipes()),
+            }
+        )
         return
     width = max(len(e.name) for e in registry.ENTRIES)
     for family in _families():
@@ -182,8 +229,15 @@ def show(name: Annotated[str, typer.Argument(help="A method, such as reshape.upc
     knobs = registry.knobs(e)
     rows = [(n, None if default_of(f) is MISSING else default_of(f), type_name(f.type), f.metadata.get("help", "")) for n, f in flat(knobs)]
     if as_json:
-        _print_json({"name": e.name, "paper": e.paper, "doc": registry.doc(e), "loads_in": e.loads_in,
-                     "knobs": [dict(zip(("name", "default", "type", "meaning"), row, strict=True)) for row in rows]})
+        _print_json(
+            {
+                "name": e.name,
+                "paper": e.paper,
+                "doc": registry.doc(e),
+                "loads_in": e.loads_in,
+                "knobs": [dict(zip(("name", "default", "type", "meaning"), row, strict=True)) for row in rows],
+            }
+        )
         return
     typer.secho(f"{e.name}  ({e.paper}); the result loads in {e.loads_in}", bold=True)
     typer.echo(registry.doc(e).strip() + "\n")
@@ -193,8 +247,11 @@ def show(name: Annotated[str, typer.Argument(help="A method, such as reshape.upc
 
 
 @app.command()
-def new(family: Annotated[str, typer.Argument(help="Family, such as reshape or tune.")],
-        name: Annotated[str, typer.Argument(help="Name of the method, in snake_case.")], as_json: Json = False) -> None:
+def new(
+    family: Annotated[str, typer.Argument(help="Family, such as reshape or tune.")],
+    name: Annotated[str, typer.Argument(help="Name of the method, in snake_case.")],
+    as_json: Json = False,
+) -> None:
     """Write the stubs of a new method into this checkout: file, registry line, recipe, test."""
     from modelwright.scaffold import scaffold
 
@@ -206,11 +263,14 @@ def new(family: Annotated[str, typer.Argument(help="Family, such as reshape or t
 
 
 @app.command()
-def demo(base: Annotated[str, typer.Option("--base", help="Dense checkpoint; default: the embedded seedling.")] = "seedling",
-         data: Annotated[str | None, typer.Option("--data", help="Text to learn; default: the names of Unicode's characters.")] = None,
-         to: Annotated[str, typer.Option("--to", help="Folder for the result and the report.")] = "out/demo",
-         tokens: Annotated[str, typer.Option("--tokens", help="Training tokens per arm.")] = "250k",
-         seed: Annotated[int, typer.Option("--seed")] = 0, as_json: Json = False) -> None:
+def demo(
+    base: Annotated[str, typer.Option("--base", help="Dense checkpoint; default: the embedded seedling.")] = "seedling",
+    data: Annotated[str | None, typer.Option("--data", help="Text to learn; default: the names of Unicode's characters.")] = None,
+    to: Annotated[str, typer.Option("--to", help="Folder for the result and the report.")] = "out/demo",
+    tokens: Annotated[str, typer.Option("--tokens", help="Training tokens per arm.")] = "250k",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    as_json: Json = False,
+) -> None:
     """Dense to mixture of experts and back to a report, in about two minutes."""
     from modelwright.demo import run_demo
 

@@ -29,8 +29,9 @@ EXPERTS, TOP_K, CONTEXT, LR = 8, 2, 256, 2e-3
 _EVAL_ROWS = 16
 
 
-def run_demo(*, base: str = "seedling", data: str | None = None, to: str = "out/demo", tokens: str = "250k", seed: int = 0,
-             as_json: bool = False) -> dict[str, Any]:
+def run_demo(
+    *, base: str = "seedling", data: str | None = None, to: str = "out/demo", tokens: str = "250k", seed: int = 0, as_json: bool = False
+) -> dict[str, Any]:
     """Run the whole job; writes `to`/moe, `to`/dense, `to`/report.html and prints the table. Returns the numbers."""
     progress = choose(as_json)
     runner.calm()
@@ -45,9 +46,22 @@ def run_demo(*, base: str = "seedling", data: str | None = None, to: str = "out/
     with progress.task("texts"):
         texts = _texts(source, base, data, folder, context, seed)
     steps = -(-budget // (8 * context))
-    train = {"tokens": budget, "eval_every": max(1, steps // 6), "save_every": max(50, steps // 2), "lr": LR if base == "seedling" else LR / 4, "context": context, "batch": 8, "record": True}
-    tune = {"tune.full": {"data": {"path": str(texts["train"]), "column": "text"}, "train": train,
-                          "evals": {n: {"path": str(texts[n]), "column": "text"} for n in ("new", "old")}}}
+    train = {
+        "tokens": budget,
+        "eval_every": max(1, steps // 6),
+        "save_every": max(50, steps // 2),
+        "lr": LR if base == "seedling" else LR / 4,
+        "context": context,
+        "batch": 8,
+        "record": True,
+    }
+    tune = {
+        "tune.full": {
+            "data": {"path": str(texts["train"]), "column": "text"},
+            "train": train,
+            "evals": {n: {"path": str(texts[n]), "column": "text"} for n in ("new", "old")},
+        }
+    }
     up = {"reshape.upcycle": {"experts": EXPERTS, "top_k": TOP_K}}
     arms = {}
     for arm, steps in (("moe", [up, tune]), ("dense", [tune])):
@@ -101,7 +115,10 @@ def _texts(source: Checkpoint, base: str, data: str | None, folder: Path, contex
         rows = [json.loads(line)["text"] for line in out[name].read_text().splitlines()]
         limit = _EVAL_ROWS * context * 4
         step = max(1, sum(map(len, rows)) // limit)
-        _jsonl(out[name], ["".join(rows)[i : i + limit // _EVAL_ROWS] for i in range(0, sum(map(len, rows)), step * limit // _EVAL_ROWS)][:_EVAL_ROWS])
+        _jsonl(
+            out[name],
+            ["".join(rows)[i : i + limit // _EVAL_ROWS] for i in range(0, sum(map(len, rows)), step * limit // _EVAL_ROWS)][:_EVAL_ROWS],
+        )
     return out
 
 
@@ -117,7 +134,9 @@ def _drawn(source: Checkpoint, context: int, seed: int) -> list[str]:
         raise UserError(f"{source.folder} has no tokenizer", "the demo works on text", "add the tokenizer files")
     start = next(i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if i is not None)
     torch.manual_seed(seed)
-    ids = model.generate(torch.full((_EVAL_ROWS, 1), start), do_sample=True, top_k=0, temperature=1.0, max_new_tokens=context - 1, pad_token_id=start)
+    ids = model.generate(
+        torch.full((_EVAL_ROWS, 1), start), do_sample=True, top_k=0, temperature=1.0, max_new_tokens=context - 1, pad_token_id=start
+    )
     return [t for t in tokenizer.batch_decode(ids, skip_special_tokens=True) if t.strip()]
 
 
@@ -135,11 +154,15 @@ def _samples(source: Checkpoint, folder: Path, file: Path, seed: int) -> list[li
     prompt = passage[passage.find("\n") + 1 :][:200]
     prompt = prompt[: prompt.rfind("\n") + 1] or prompt
     rows = []
-    for name, ckpt in (("dense base", source), ("mixture, tuned", Checkpoint(folder / "moe")), ("dense, tuned (control)", Checkpoint(folder / "dense"))):
+    for name, ckpt in (
+        ("dense base", source),
+        ("mixture, tuned", Checkpoint(folder / "moe")),
+        ("dense, tuned (control)", Checkpoint(folder / "dense")),
+    ):
         tokenizer, model = ckpt.tokenizer(), ckpt.model(torch.float32)
         ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=48, pad_token_id=0)
-        rows.append([name, tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True)])
+        rows.append([name, tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)])
     return [["the text so far", prompt], *rows]
 
 
@@ -149,8 +172,13 @@ def _numbers(arms: dict[str, Any], load: dict[str, Any]) -> dict[str, Any]:
     for arm, result in arms.items():
         entry = result.steps[-1]
         c = entry["certificate"]
-        found[arm] = {"params_total": c["params_total"], "params_active": c["params_active"], "flops_per_token": c["flops_per_token"],
-                      "seconds": entry["seconds"], "loads_in": c["loads_in"]}
+        found[arm] = {
+            "params_total": c["params_total"],
+            "params_active": c["params_active"],
+            "flops_per_token": c["flops_per_token"],
+            "seconds": entry["seconds"],
+            "loads_in": c["loads_in"],
+        }
         for name in ("new", "old"):
             curve = [e[key] for e in entry["evals"] if e["name"] == name]
             found[arm] |= {f"{name}_before": curve[0], f"{name}_after": curve[-1]}
@@ -162,33 +190,85 @@ def _numbers(arms: dict[str, Any], load: dict[str, Any]) -> dict[str, Any]:
 def _report(base: str, data: str | None, n: dict[str, Any], arms: dict[str, Any], load: dict[str, Any], samples: list[list[str]]) -> Report:
     c, moe, dense = n["certificate"], n["moe"], n["dense"]
     report = Report("From one dense model to a mixture of experts")
-    report.lead = (f"{base} was copied into {EXPERTS} experts per layer, {TOP_K} active per token, and tuned on {short(n['tokens'])} tokens of "
-                   f"{'your text' if data else 'the names of Unicode characters, which it had not seen'}. The dense model, tuned on the same tokens, is the control.")
-    table = {"title": "Bits per byte (lower is better)", "columns": ["", "new text", "old text", "parameters", "active", "FLOPs per token"], "rows": [
-        ["dense base", f"{dense['new_before']:.3f}", f"{dense['old_before']:.3f}", *_sizes(c["before"])],
-        ["mixture, step 0", f"{moe['new_before']:.3f}", f"{moe['old_before']:.3f}", *_sizes(moe)],
-        ["mixture, tuned", f"{moe['new_after']:.3f}", f"{moe['old_after']:.3f}", *_sizes(moe)],
-        ["dense, tuned (control)", f"{dense['new_after']:.3f}", f"{dense['old_after']:.3f}", *_sizes(dense)]]}
+    report.lead = (
+        f"{base} was copied into {EXPERTS} experts per layer, {TOP_K} active per token, and tuned on {short(n['tokens'])} tokens of "
+        f"{'your text' if data else 'the names of Unicode characters, which it had not seen'}. "
+        "The dense model, tuned on the same tokens, is the control."
+    )
+    table = {
+        "title": "Bits per byte (lower is better)",
+        "columns": ["", "new text", "old text", "parameters", "active", "FLOPs per token"],
+        "rows": [
+            ["dense base", f"{dense['new_before']:.3f}", f"{dense['old_before']:.3f}", *_sizes(c["before"])],
+            ["mixture, step 0", f"{moe['new_before']:.3f}", f"{moe['old_before']:.3f}", *_sizes(moe)],
+            ["mixture, tuned", f"{moe['new_after']:.3f}", f"{moe['old_after']:.3f}", *_sizes(moe)],
+            ["dense, tuned (control)", f"{dense['new_after']:.3f}", f"{dense['old_after']:.3f}", *_sizes(dense)],
+        ],
+    }
     gain, lost = dense["new_after"] - moe["new_after"], moe["old_after"] - moe["old_before"]
-    verdict = (f"On the new text the mixture ends {abs(gain):.3f} bits per byte {'below' if gain > 0 else 'above'} the control, at "
-               f"{moe['flops_per_token'] / dense['flops_per_token']:.2f} times its FLOPs per token. "
-               f"On the old text it {'lost' if lost > 0 else 'gained'} {abs(lost):.3f}. One seed, one small budget: a demonstration, not evidence.")
-    report.sections.append(Section("What happened", verdict, [
-        (f"{moe['new_before']:.3f} → {moe['new_after']:.3f}", "bits per byte, new text", "mixture, before and after tuning"),
-        (f"{moe['old_before']:.3f} → {moe['old_after']:.3f}", "bits per byte, old text", "what tuning cost"),
-        (f"{c['max_abs_dlogit']:.0e}" if c["max_abs_dlogit"] is not None else "not compared", "largest logit difference at step 0", "nothing was lost by the copy"),
-        (f"{short(moe['params_total'])} / {short(moe['params_active'])}", "parameters, total / active", f"from {short(c['before']['params_total'])}")],
-        [table], [_curve(arms, "new", "New text while tuning"), _curve(arms, "old", "Old text while tuning")]))
+    verdict = (
+        f"On the new text the mixture ends {abs(gain):.3f} bits per byte {'below' if gain > 0 else 'above'} the control, at "
+        f"{moe['flops_per_token'] / dense['flops_per_token']:.2f} times its FLOPs per token. "
+        f"On the old text it {'lost' if lost > 0 else 'gained'} {abs(lost):.3f}. One seed, one small budget: a demonstration, not evidence."
+    )
+    report.sections.append(
+        Section(
+            "What happened",
+            verdict,
+            [
+                (f"{moe['new_before']:.3f} → {moe['new_after']:.3f}", "bits per byte, new text", "mixture, before and after tuning"),
+                (f"{moe['old_before']:.3f} → {moe['old_after']:.3f}", "bits per byte, old text", "what tuning cost"),
+                (
+                    f"{c['max_abs_dlogit']:.0e}" if c["max_abs_dlogit"] is not None else "not compared",
+                    "largest logit difference at step 0",
+                    "nothing was lost by the copy",
+                ),
+                (
+                    f"{short(moe['params_total'])} / {short(moe['params_active'])}",
+                    "parameters, total / active",
+                    f"from {short(c['before']['params_total'])}",
+                ),
+            ],
+            [table],
+            [_curve(arms, "new", "New text while tuning"), _curve(arms, "old", "Old text while tuning")],
+        )
+    )
     experts = [str(i) for i in range(len(load["share"][0]))]
     uneven = max(load["max_violation"])
-    report.sections.append(Section("Who does the work", f"Share of the routed tokens of the new text that each expert gets after tuning; "
-                                   f"{1 / len(experts):.3f} would be even. The busiest expert of any layer carries {uneven + 1:.2f} times the mean.", plots=[
-        {"kind": "heat", "title": "Expert load by layer", "x": "expert", "y": "layer", "columns": experts,
-         "rows": [str(i) for i in range(len(load["share"]))], "values": load["share"]},
-        {"kind": "bars", "title": "Expert load, mean over layers", "x": "expert", "y": "share of routed tokens", "groups": experts,
-         "series": {"load": torch.tensor(load["share"]).mean(0).tolist()}, "line": {"at": 1 / len(experts), "name": "even"}}]))
-    report.sections.append(Section("What they write", "The same beginning, continued greedily.",
-                                   tables=[{"title": "Samples", "columns": ["", ""], "rows": samples, "prose": True}]))
+    report.sections.append(
+        Section(
+            "Who does the work",
+            f"Share of the routed tokens of the new text that each expert gets after tuning; "
+            f"{1 / len(experts):.3f} would be even. The busiest expert of any layer carries {uneven + 1:.2f} times the mean.",
+            plots=[
+                {
+                    "kind": "heat",
+                    "title": "Expert load by layer",
+                    "x": "expert",
+                    "y": "layer",
+                    "columns": experts,
+                    "rows": [str(i) for i in range(len(load["share"]))],
+                    "values": load["share"],
+                },
+                {
+                    "kind": "bars",
+                    "title": "Expert load, mean over layers",
+                    "x": "expert",
+                    "y": "share of routed tokens",
+                    "groups": experts,
+                    "series": {"load": torch.tensor(load["share"]).mean(0).tolist()},
+                    "line": {"at": 1 / len(experts), "name": "even"},
+                },
+            ],
+        )
+    )
+    report.sections.append(
+        Section(
+            "What they write",
+            "The same beginning, continued greedily.",
+            tables=[{"title": "Samples", "columns": ["", ""], "rows": samples, "prose": True}],
+        )
+    )
     for entry in arms["moe"].steps:
         report.step({k: v for k, v in entry.items() if k != "evals"})
     report.facts = {"base": base, "seed": n["seed"], "tokens": n["tokens"], **versions()}
@@ -200,7 +280,8 @@ def _sizes(s: dict[str, Any]) -> list[str]:
 
 
 def _curve(arms: dict[str, Any], name: str, title: str) -> dict[str, Any]:
-    series = {label: [[e["step"], e["bits_per_byte"]] for e in arms[arm].steps[-1]["evals"] if e["name"] == name]
-              for label, arm in (("mixture", "moe"), ("dense (control)", "dense"))}
+    series = {
+        label: [[e["step"], e["bits_per_byte"]] for e in arms[arm].steps[-1]["evals"] if e["name"] == name]
+        for label, arm in (("mixture", "moe"), ("dense (control)", "dense"))
+    }
     return {"kind": "line", "title": title, "x": "step", "y": "bits per byte", "series": series}
-

@@ -29,7 +29,9 @@ def preview(recipe: Recipe) -> list[dict[str, Any]]:
             fact["documents"] = len(documents)
             fact["first row"] = _excerpt(documents[0])
             if source and hasattr(step.knobs, "train"):
-                rows = text.tokenize(documents[:50], source.tokenizer(), int(source.hf_config.get_text_config().vocab_size), step.knobs.train.context)
+                rows = text.tokenize(
+                    documents[:50], source.tokenizer(), int(source.hf_config.get_text_config().vocab_size), step.knobs.train.context
+                )
                 fact["first tokens"] = rows.ids[0, :12].tolist()
         if step.entry.family == "reshape" and "checkpoint" in step.entry.takes and known:
             made, promise = registry.load(step.entry)(known, step.knobs, recipe.seed)
@@ -44,9 +46,14 @@ def _sizes(config: Any, size: int) -> dict[str, Any]:
     model = skeleton(config)
     s = Size.of(Anatomy(model), 2 if "16" in str(config.dtype) else 4)
     width = 2 if "16" in str(config.dtype) else 4
-    return {"class": type(model).__name__, "parameters": f"{s.params_total:,}", "active per token": f"{s.params_active:,}",
-            "weights": f"{(size or s.params_total * width) / 1e6:,.1f} MB", "memory to tune in fp32 with AdamW": f"{s.params_total * 16 / 1e6:,.1f} MB",
-            "KV cache per token": f"{s.kv_bytes_per_token:,} bytes"}
+    return {
+        "class": type(model).__name__,
+        "parameters": f"{s.params_total:,}",
+        "active per token": f"{s.params_active:,}",
+        "weights": f"{(size or s.params_total * width) / 1e6:,.1f} MB",
+        "memory to tune in fp32 with AdamW": f"{s.params_total * 16 / 1e6:,.1f} MB",
+        "KV cache per token": f"{s.kv_bytes_per_token:,} bytes",
+    }
 
 
 def _excerpt(document: Any) -> str:

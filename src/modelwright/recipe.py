@@ -44,8 +44,13 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values, defaults written out."""
-        return {"name": self.name, "seed": self.seed, "base": self.base,
-                "steps": [{s.entry.name: plain(s.knobs)} for s in self.steps], "save": plain(self.save)}
+        return {
+            "name": self.name,
+            "seed": self.seed,
+            "base": self.base,
+            "steps": [{s.entry.name: plain(s.knobs)} for s in self.steps],
+            "save": plain(self.save),
+        }
 
 
 _KEYS = ("name", "seed", "base", "steps", "save")
@@ -97,7 +102,9 @@ def override(raw: dict[str, Any], assignment: str) -> None:
     if path[0] == "steps":
         steps = raw.get("steps") or []
         if len(path) < 3 or not path[1].isdigit() or int(path[1]) >= len(steps):
-            raise UserError(f"--set {key} names no step", f"the recipe has {len(steps)} steps, counted from 0", "write --set steps.0.KEY=VALUE")
+            raise UserError(
+                f"--set {key} names no step", f"the recipe has {len(steps)} steps, counted from 0", "write --set steps.0.KEY=VALUE"
+            )
         name, settings = _split_step(steps[int(path[1])], int(path[1]))
         settings = dict(settings or {})
         steps[int(path[1])] = {name: settings}
@@ -171,7 +178,7 @@ def check(recipe: Recipe) -> list[str]:
         for need in step.entry.takes:
             if need not in given:
                 how = {"checkpoint": "give 'base: FOLDER'", "dataset": "give 'data: {path: FILE, column: NAME}'"}.get(need, "")
-                raise UserError(f"steps.{i}.{step.entry.name} has no {need}", f"nothing before it gives one", how)
+                raise UserError(f"steps.{i}.{step.entry.name} has no {need}", "nothing before it gives one", how)
         have.update(step.entry.gives)
     if recipe.base and recipe.base != "seedling" and not _could_be_hub(recipe.base):
         folder = Path(recipe.base)

@@ -37,22 +37,50 @@ class Entry:
 
 STOCK = "transformers, vLLM"
 ENTRIES = [
-    Entry("curate.stdlib", "modelwright.curate.stdlib:stdlib",
-          "text that every Python installation carries, as a dataset", "ours", takes=(), gives=("dataset",), loads_in="datasets"),
-    Entry("reshape.fresh", "modelwright.reshape.fresh:fresh",
-          "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", takes=("dataset",), loads_in=STOCK),
-    Entry("reshape.upcycle", "modelwright.reshape.upcycle:upcycle",
-          "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX",
-          "arXiv 2212.05055, 2502.19261, 2403.07816", loads_in=STOCK),
-    Entry("tune.full", "modelwright.tune.full:Full", "train every weight", "the baseline",
-          takes=("checkpoint", "dataset"), loads_in=STOCK),
-    Entry("tune.lora", "modelwright.tune.lora:Lora", "train low-rank adapters through PEFT, saved as an adapter or merged",
-          "arXiv 2106.09685", takes=("checkpoint", "dataset"), loads_in=STOCK + ", PEFT"),
+    Entry(
+        "curate.stdlib",
+        "modelwright.curate.stdlib:stdlib",
+        "text that every Python installation carries, as a dataset",
+        "ours",
+        takes=(),
+        gives=("dataset",),
+        loads_in="datasets",
+    ),
+    Entry(
+        "reshape.fresh",
+        "modelwright.reshape.fresh:fresh",
+        "an untrained Llama and its own BPE tokenizer, sized by knobs",
+        "ours",
+        takes=("dataset",),
+        loads_in=STOCK,
+    ),
+    Entry(
+        "reshape.upcycle",
+        "modelwright.reshape.upcycle:upcycle",
+        "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX",
+        "arXiv 2212.05055, 2502.19261, 2403.07816",
+        loads_in=STOCK,
+    ),
+    Entry("tune.full", "modelwright.tune.full:Full", "train every weight", "the baseline", takes=("checkpoint", "dataset"), loads_in=STOCK),
+    Entry(
+        "tune.lora",
+        "modelwright.tune.lora:Lora",
+        "train low-rank adapters through PEFT, saved as an adapter or merged",
+        "arXiv 2106.09685",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK + ", PEFT",
+    ),
 ]
 FAMILIES = {
-    "curate": "data: extraction, rules, quality", "reshape": "model to model", "tune": "training without forgetting",
-    "reward": "reward models and their calibration", "rl": "alignment by reinforcement", "cache": "serving in less memory",
-    "judge": "judging and selecting answers", "inspect": "what is inside", "modalities": "tables, pixels, music, series",
+    "curate": "data: extraction, rules, quality",
+    "reshape": "model to model",
+    "tune": "training without forgetting",
+    "reward": "reward models and their calibration",
+    "rl": "alignment by reinforcement",
+    "cache": "serving in less memory",
+    "judge": "judging and selecting answers",
+    "inspect": "what is inside",
+    "modalities": "tables, pixels, music, series",
 }
 
 
@@ -77,9 +105,9 @@ def _light(path: Path) -> dict[str, Any]:
     tree = ast.parse(path.read_text())
     keep: list[ast.stmt] = []
     for node in tree.body:
-        light = isinstance(node, ast.ImportFrom) and node.module in ("dataclasses", "typing", "modelwright.core.knobs")
-        data = isinstance(node, ast.ClassDef) and any("dataclass" in ast.dump(d) for d in node.decorator_list)
-        if light or data and node.name.endswith("Knobs"):
+        if isinstance(node, ast.ImportFrom) and node.module in ("dataclasses", "typing", "modelwright.core.knobs"):
+            keep.append(node)
+        if isinstance(node, ast.ClassDef) and node.name == "Knobs":
             keep.append(node)
     space: dict[str, Any] = {"__name__": f"modelwright.light.{path.stem}", "knob": knob, "dataclass": dataclass, "typing": typing}
     exec(compile(ast.Module(keep, []), str(path), "exec"), space)  # noqa: S102 - our own source file

@@ -41,7 +41,7 @@ class Result:
     def plain(self) -> dict[str, Any]:
         """For --json: the last certificate and its sizes stand at the top."""
         c = self.certificate or {}
-        top = {k: c[k] for k in ("params_total", "params_active", "loads_in") if k in c}
+        top: dict[str, Any] = {k: c[k] for k in ("params_total", "params_active", "loads_in") if k in c}
         return {"to": str(self.to), **top, "certificate": c or None, "steps": self.steps}
 
 
@@ -55,10 +55,24 @@ class _Run:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run(name: str, *, to: str | Path, base: str | Path | None = None, seed: int = 0, progress: Progress | None = None,
-        save: dict[str, Any] | None = None, **knobs: Any) -> Result:
+def run(
+    name: str,
+    *,
+    to: str | Path,
+    base: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    save: dict[str, Any] | None = None,
+    **knobs: Any,
+) -> Result:
     """One step as one call: run("reshape.upcycle", base="X", to="Y", experts=4). Raises UserError for bad input."""
-    raw = {"name": name, "seed": seed, "base": str(base) if base else None, "steps": [{name: _raw(knobs)}], "save": {**(save or {}), "to": str(to)}}
+    raw = {
+        "name": name,
+        "seed": seed,
+        "base": str(base) if base else None,
+        "steps": [{name: _raw(knobs)}],
+        "save": {**(save or {}), "to": str(to)},
+    }
     return run_recipe(parse(raw, name=name), progress)
 
 
@@ -109,7 +123,13 @@ def _run_steps(r: _Run, to: Path) -> Result:
             (folder / "key").write_text(key)
             began = time.perf_counter()
             entry = _STEPS[step.entry.family](r, step, folder)
-            entry |= {"step": step.entry.name, "key": key, "seed": recipe.seed, "knobs": plain(step.knobs), "seconds": round(time.perf_counter() - began, 2)}
+            entry |= {
+                "step": step.entry.name,
+                "key": key,
+                "seed": recipe.seed,
+                "knobs": plain(step.knobs),
+                "seconds": round(time.perf_counter() - began, 2),
+            }
             _write_json(folder / "done.json", entry)
         if "checkpoint" in step.entry.gives:
             r.checkpoint = folder / "result"
@@ -130,10 +150,18 @@ def _key(before: str, step: Step, seed: int, r: _Run) -> str:
 
 def _publish(r: _Run, result: Result, to: Path) -> None:
     recipe, last = r.recipe, r.work / f"{len(r.recipe.steps) - 1}-{r.recipe.steps[-1].entry.name}"
-    lineage = {"modelwright": versions()["modelwright"], "name": recipe.name, "recipe": _identity(recipe), "recipe_key": result.steps[-1]["key"],
-               "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "base": recipe.base,
-               "base_fingerprint": Checkpoint(recipe.base).fingerprint() if recipe.base else None,
-               "steps": r.history + [{k: v for k, v in s.items() if k != "key"} for s in result.steps], "versions": versions()}
+    lineage = {
+        "modelwright": versions()["modelwright"],
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "recipe": _identity(recipe),
+        "recipe_key": result.steps[-1]["key"],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "base": recipe.base,
+        "base_fingerprint": Checkpoint(recipe.base).fingerprint() if recipe.base else None,
+        "steps": r.history + [{k: v for k, v in s.items() if k != "key"} for s in result.steps],
+        "versions": versions(),
+    }
     folder = r.checkpoint if r.checkpoint and r.checkpoint.is_relative_to(r.work) else last
     small = r.work / "steps"
     shutil.rmtree(small, ignore_errors=True)
@@ -201,9 +229,11 @@ def _reshape(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
             certificate = certify(source or after, after, promise, mode=save.certificate)
         entry["certificate"] = certificate.plain()
         if certificate.passed is False and not save.force:
-            raise UserError(f"the result of {step.entry.name} failed its certificate",
-                            f"logits differ by {certificate.max_abs_dlogit:.2e} and {certificate.tolerance:.2e} was promised",
-                            "nothing was saved; report it, or set save.force=true to save all the same")
+            raise UserError(
+                f"the result of {step.entry.name} failed its certificate",
+                f"logits differ by {certificate.max_abs_dlogit:.2e} and {certificate.tolerance:.2e} was promised",
+                "nothing was saved; report it, or set save.force=true to save all the same",
+            )
     return entry
 
 
@@ -234,8 +264,16 @@ def _tune(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
         rows, evals["held out"] = rows.split(at)
     technique = registry.load(step.entry)(knobs)
     with r.progress.task(f"{step.entry.name}: train", 1) as tick:
-        outcome = fit(source.model(), rows, knobs.train, techniques=[technique], evals=evals, folder=folder, seed=r.recipe.seed,
-                      tick=lambda done, of: tick.to(done, of))
+        outcome = fit(
+            source.model(),
+            rows,
+            knobs.train,
+            techniques=[technique],
+            evals=evals,
+            folder=folder,
+            seed=r.recipe.seed,
+            tick=lambda done, of: tick.to(done, of),
+        )
     shutil.rmtree(folder / "result", ignore_errors=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     with staging(folder / "result") as part:
@@ -250,9 +288,19 @@ def _tune(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
             certificate = certify(source, after, "trained", mode=r.recipe.save.certificate)
     for state in folder.glob("checkpoint-*"):
         shutil.rmtree(state)
-    return {"facts": {"data": rows.facts, "steps": outcome.steps, "tokens": outcome.tokens, "energy_j": outcome.energy_j,
-                      "energy_source": outcome.energy_source, "reload_max_abs_dlogit": drift},
-            "evals": outcome.evals, "liveness": outcome.liveness, "certificate": certificate.plain()}
+    return {
+        "facts": {
+            "data": rows.facts,
+            "steps": outcome.steps,
+            "tokens": outcome.tokens,
+            "energy_j": outcome.energy_j,
+            "energy_source": outcome.energy_source,
+            "reload_max_abs_dlogit": drift,
+        },
+        "evals": outcome.evals,
+        "liveness": outcome.liveness,
+        "certificate": certificate.plain(),
+    }
 
 
 def _with_dataset(r: _Run, knobs: Any) -> Any:
@@ -277,4 +325,3 @@ def calm() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-

@@ -59,8 +59,18 @@ def {name}(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]
 ''',
 }
 _RECIPE = {
-    "tune": "name: {name}\nbase: seedling\nsteps:\n  - tune.{name}: {{data: {{path: corpus.txt}}, train: {{tokens: 100k}}}}\nsave: {{to: out/{name}}}\n",
-    "reshape": "name: {name}\nbase: seedling\nsteps:\n  - reshape.{name}: {{}}\nsave: {{to: out/{name}}}\n",
+    "tune": """name: {name}
+base: seedling
+steps:
+  - tune.{name}: {{data: {{path: corpus.txt}}, train: {{tokens: 100k}}}}
+save: {{to: out/{name}}}
+""",
+    "reshape": """name: {name}
+base: seedling
+steps:
+  - reshape.{name}: {{}}
+save: {{to: out/{name}}}
+""",
 }
 _TEST = '''"""{title}: the invariants that hold exactly."""
 
@@ -81,9 +91,17 @@ def scaffold(family: str, name: str, root: Path) -> list[Path]:
     house = root / "src" / "modelwright"
     if not (house / "registry.py").is_file():
         raise UserError(f"{root} is no checkout of modelwright", "it has no src/modelwright/registry.py", "go to the root of one")
-    words = {"name": name, "family": family, "title": name.replace("_", " ").capitalize(), "cls": "".join(w.capitalize() for w in name.split("_"))}
-    files = {house / family / f"{name}.py": _METHOD[family], house / "recipes" / f"{name}.yaml": _RECIPE[family],
-             root / "tests" / family / f"test_{name}.py": _TEST}
+    words = {
+        "name": name,
+        "family": family,
+        "title": name.replace("_", " ").capitalize(),
+        "cls": "".join(w.capitalize() for w in name.split("_")),
+    }
+    files = {
+        house / family / f"{name}.py": _METHOD[family],
+        house / "recipes" / f"{name}.yaml": _RECIPE[family],
+        root / "tests" / family / f"test_{name}.py": _TEST,
+    }
     for file in files:
         if file.exists():
             raise UserError(f"{file} exists already", "nothing is overwritten")
@@ -92,7 +110,8 @@ def scaffold(family: str, name: str, root: Path) -> list[Path]:
         file.write_text(template.format(**words))
     made = words["cls"] if family == "tune" else name
     line = f'    Entry("{family}.{name}", "modelwright.{family}.{name}:{made}", "one line", "arXiv ID"' + (
-        ',\n          takes=("checkpoint", "dataset"), loads_in=STOCK),\n' if family == "tune" else ", loads_in=STOCK),\n")
+        ',\n          takes=("checkpoint", "dataset"), loads_in=STOCK),\n' if family == "tune" else ", loads_in=STOCK),\n"
+    )
     registered = house / "registry.py"
     registered.write_text(registered.read_text().replace("]\nFAMILIES", line + "]\nFAMILIES", 1))
     return [*files, registered]

@@ -99,7 +99,7 @@ def test_missing_block_is_refused() -> None:
     ("gpt2", "transformer.h.0.attn.c_proj", "attn.o"), ("gpt2", "transformer.h.0.mlp.c_proj", "ffn.down"), ("gpt2", "transformer.wpe", "position"),
     ("t5", "decoder.block.0.layer.1.EncDecAttention.k", "cross.k"), ("opt", "model.decoder.project_in", "embed.in"),
     ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate", "shared.router"), ("qwen2_moe", "model.layers.0.mlp.gate", "router"),
-    ("granitemoe", "model.layers.0.block_sparse_moe.router.layer", "router"),
+    ("granitemoe", "model.layers.0.block_sparse_moe.router", "router"),
     ("granitemoeshared", "model.layers.0.shared_mlp.input_linear", "shared.gate_up"),
 ])
 def test_names_that_mean_different_things_in_different_families_are_told_apart(kind: str, path: str, role: str) -> None:
@@ -127,7 +127,7 @@ def real_ffn(kind: str, block: Any) -> Any:
 def test_ffn_views_reproduce_the_block_s_own_feed_forward(kind: str) -> None:
     model = model_of(kind)
     anatomy, get, act = Anatomy(model), getter(model), activation(kind, model.config)
-    width = {"gpt2": 4 * 32, "gpt_neox": 48}.get(kind, 48)
+    width = 4 * 32 if kind == "gpt2" else 48
     x = torch.randn(2, 5, 32)
     for b in anatomy.blocks:
         ffn = anatomy.ffn(b)

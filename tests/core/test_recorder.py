@@ -17,10 +17,18 @@ from modelwright.core.text import IGNORE, Rows
 from modelwright.core.training import Outcome, Technique, evaluate_rows, fit
 
 
+GLOB = glob.glob
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, files: list[str]) -> None:
+    """Make these the counters that the meter finds."""
+    monkeypatch.setattr(module.glob, "glob", lambda pattern, *a, **k: files if "powercap" in str(pattern) else GLOB(pattern, *a, **k))
+
+
 @pytest.fixture(autouse=True)
 def _no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the machine lets itself be asked must not decide a test."""
-    monkeypatch.setattr(module.glob, "glob", lambda pattern: [])
+    counted(monkeypatch, [])
     monkeypatch.setattr(Meter, "_nvidia", staticmethod(lambda: []))
 
 
@@ -120,7 +128,7 @@ def counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         file.write_text(text)
         files.append(file)
     found = [str(f) for f in files] + [str(tmp_path / "sys" / "gone" / "energy_uj")]
-    monkeypatch.setattr(module.glob, "glob", lambda pattern: found if "powercap" in pattern else glob.glob(pattern))
+    counted(monkeypatch, found)
     return files
 
 

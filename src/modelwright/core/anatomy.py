@@ -8,53 +8,64 @@ Names are matched as path endings, so a new model in the style of a known one wo
 matches, or a block without attention or feed-forward part, is an error that names it. Shapes are cross-checked.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 
 from modelwright.core.errors import UserError
 
 # path ending (without .weight / .bias) -> role; the first match wins
-_RULES = [(re.compile(pattern + r"$"), role) for pattern, role in (
-    (r"(embed_tokens|wte|word_embeddings|embed_in|^shared)", "embed"),
-    (r"(wpe|embed_positions|position_embeddings|relative_attention_bias)", "position"),
-    (r"token_type_embeddings", "segment"),
-    (r"project_in", "embed.in"), (r"project_out", "embed.out"),
-    (r"^(lm_head|embed_out|cls\.predictions(\.decoder)?|score|classifier)", "head"),
-    (r"^cls\.predictions\.transform\.dense", "head.transform"),
-    (r"pooler\.dense", "pooler"),
-    (r"EncDecAttention\.q", "cross.q"), (r"EncDecAttention\.k", "cross.k"),
-    (r"EncDecAttention\.v", "cross.v"), (r"EncDecAttention\.o", "cross.o"),
-    (r"(self_attn\.q_proj|attention\.self\.query|SelfAttention\.q)", "attn.q"),
-    (r"(self_attn\.k_proj|attention\.self\.key|SelfAttention\.k)", "attn.k"),
-    (r"(self_attn\.v_proj|attention\.self\.value|SelfAttention\.v)", "attn.v"),
-    (r"(self_attn\.(o|out)_proj|\.attn\.c_proj|attention\.(output\.)?dense|SelfAttention\.o)", "attn.o"),
-    (r"(self_attn\.qkv_proj|\.attn\.c_attn|\.attention\.query_key_value)", "attn.qkv"),
-    (r"(\.mlp\.gate|block_sparse_moe\.router(\.layer)?)", "router"),
-    (r"\.experts\.gate_up_proj", "expert.gate_up"), (r"\.experts\.down_proj", "expert.down"),
-    (r"shared_expert_gate", "shared.router"),
-    (r"shared_experts?\.gate_proj", "shared.gate"), (r"shared_experts?\.up_proj", "shared.up"),
-    (r"shared_mlp\.input_linear", "shared.gate_up"),
-    (r"(shared_experts?\.down_proj|shared_mlp\.output_linear)", "shared.down"),
-    (r"(\.mlp\.gate_proj|DenseReluDense\.wi_0)", "ffn.gate"),
-    (r"\.mlp\.gate_up_proj", "ffn.gate_up"),
-    (r"(\.mlp\.(up_proj|c_fc|dense_h_to_4h)|\.fc1|DenseReluDense\.wi(_1)?|\.intermediate\.dense)", "ffn.up"),
-    (r"(\.mlp\.(down_proj|c_proj|dense_4h_to_h)|\.fc2|DenseReluDense\.wo|\.output\.dense)", "ffn.down"),
-    (r"q_norm", "norm.q"), (r"k_norm", "norm.k"),
-    (r"(input_layernorm|\.ln_1|self_attn_layer_norm|layer\.0\.layer_norm)", "norm.attn"),
-    (r"(attention\.output\.LayerNorm)", "norm.attn_post"),
-    (r"post_attention_layernorm", "norm.post_attention"),  # before the FFN in Llama, after attention in Gemma: settled per block
-    (r"(pre_feedforward_layernorm|\.ln_2|layers\.\d+\.final_layer_norm)", "norm.ffn"),
-    (r"(post_feedforward_layernorm|layer\.\d+\.output\.LayerNorm)", "norm.ffn_post"),
-    (r"decoder\.block\.\d+\.layer\.1\.layer_norm", "norm.cross"), (r"layer\.[12]\.layer_norm", "norm.ffn"),
-    (r"embeddings\.LayerNorm", "norm.embed"), (r"predictions\.transform\.LayerNorm", "norm.head"),
-    (r"(^|\.)(norm|ln_f|final_layer_norm)", "norm.final"),
-)]
+_RULES = [
+    (re.compile(pattern + r"$"), role)
+    for pattern, role in (
+        (r"(embed_tokens|wte|word_embeddings|embed_in|^shared)", "embed"),
+        (r"(wpe|embed_positions|position_embeddings|relative_attention_bias)", "position"),
+        (r"token_type_embeddings", "segment"),
+        (r"project_in", "embed.in"),
+        (r"project_out", "embed.out"),
+        (r"^(lm_head|embed_out|cls\.predictions(\.decoder)?|score|classifier)", "head"),
+        (r"^cls\.predictions\.transform\.dense", "head.transform"),
+        (r"pooler\.dense", "pooler"),
+        (r"EncDecAttention\.q", "cross.q"),
+        (r"EncDecAttention\.k", "cross.k"),
+        (r"EncDecAttention\.v", "cross.v"),
+        (r"EncDecAttention\.o", "cross.o"),
+        (r"(self_attn\.q_proj|attention\.self\.query|SelfAttention\.q)", "attn.q"),
+        (r"(self_attn\.k_proj|attention\.self\.key|SelfAttention\.k)", "attn.k"),
+        (r"(self_attn\.v_proj|attention\.self\.value|SelfAttention\.v)", "attn.v"),
+        (r"(self_attn\.(o|out)_proj|\.attn\.c_proj|attention\.(output\.)?dense|SelfAttention\.o)", "attn.o"),
+        (r"(self_attn\.qkv_proj|\.attn\.c_attn|\.attention\.query_key_value)", "attn.qkv"),
+        (r"(\.mlp\.gate|block_sparse_moe\.router(\.layer)?)", "router"),
+        (r"\.experts\.gate_up_proj", "expert.gate_up"),
+        (r"\.experts\.down_proj", "expert.down"),
+        (r"shared_expert_gate", "shared.router"),
+        (r"shared_experts?\.gate_proj", "shared.gate"),
+        (r"shared_experts?\.up_proj", "shared.up"),
+        (r"shared_mlp\.input_linear", "shared.gate_up"),
+        (r"(shared_experts?\.down_proj|shared_mlp\.output_linear)", "shared.down"),
+        (r"(\.mlp\.gate_proj|DenseReluDense\.wi_0)", "ffn.gate"),
+        (r"\.mlp\.gate_up_proj", "ffn.gate_up"),
+        (r"(\.mlp\.(up_proj|c_fc|dense_h_to_4h)|\.fc1|DenseReluDense\.wi(_1)?|\.intermediate\.dense)", "ffn.up"),
+        (r"(\.mlp\.(down_proj|c_proj|dense_4h_to_h)|\.fc2|DenseReluDense\.wo|\.output\.dense)", "ffn.down"),
+        (r"q_norm", "norm.q"),
+        (r"k_norm", "norm.k"),
+        (r"(input_layernorm|\.ln_1|self_attn_layer_norm|layer\.0\.layer_norm)", "norm.attn"),
+        (r"(attention\.output\.LayerNorm)", "norm.attn_post"),
+        (r"post_attention_layernorm", "norm.post_attention"),  # before the FFN in Llama, after attention in Gemma: settled per block
+        (r"(pre_feedforward_layernorm|\.ln_2|layers\.\d+\.final_layer_norm)", "norm.ffn"),
+        (r"(post_feedforward_layernorm|layer\.\d+\.output\.LayerNorm)", "norm.ffn_post"),
+        (r"decoder\.block\.\d+\.layer\.1\.layer_norm", "norm.cross"),
+        (r"layer\.[12]\.layer_norm", "norm.ffn"),
+        (r"embeddings\.LayerNorm", "norm.embed"),
+        (r"predictions\.transform\.LayerNorm", "norm.head"),
+        (r"(^|\.)(norm|ln_f|final_layer_norm)", "norm.final"),
+    )
+]
 _LAYER = re.compile(r"^(.*?\.?(?:layers|h|block|layer)\.(\d+))\.")
 _MATMUL = ("attn", "cross", "ffn", "expert", "shared", "router", "head", "embed.in", "embed.out", "pooler")
 
@@ -75,7 +86,7 @@ class Part:
 
     @property
     def size(self) -> int:
-        return int(torch.Size(self.shape).numel())
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -93,7 +104,7 @@ class View:
         if not self.slices:
             return tensor
         pieces = [tensor[s] for s in self.slices]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return pieces[0] if len(pieces) == 1 else cat(pieces)
 
 
 @dataclass(frozen=True)
@@ -119,8 +130,11 @@ class Block:
     module: nn.Module
 
     def _common(self, *families: str) -> nn.Module:
-        paths = [p.name.removeprefix(self.path + ".").split(".")[:-1 if p.orientation == "experts" else -2]
-                 for p in self.parts.values() if p.role.startswith(families)]
+        paths = [
+            p.name.removeprefix(self.path + ".").split(".")[: -1 if p.orientation == "experts" else -2]
+            for p in self.parts.values()
+            if p.role.startswith(families)
+        ]
         shared = [level[0] for level in takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))]
         return self.module.get_submodule(".".join(shared))
 
@@ -138,7 +152,7 @@ class Block:
 class Anatomy:
     """The role map of one model. Raises UserError when some part of the model is not understood."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         self.config: Any = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         names: dict[int, list[str]] = {}
@@ -161,8 +175,11 @@ class Anatomy:
         path = stem if last in ("weight", "bias") else name
         role = next((role for rule, role in _RULES if rule.search(path)), None)
         if role is None:
-            raise UserError(f"{type(self.model).__name__} has a parameter of unknown role: {name} {tuple(p.shape)}",
-                            "no rule of the role map matches its name", "add the rule to core/anatomy.py")
+            raise UserError(
+                f"{type(self.model).__name__} has a parameter of unknown role: {name} {tuple(p.shape)}",
+                "no rule of the role map matches its name",
+                "add the rule to core/anatomy.py",
+            )
         found = _LAYER.match(name)
         owner = self.model.get_submodule(stem) if last in ("weight", "bias") else None
         if p.dim() == 3:
@@ -175,8 +192,17 @@ class Anatomy:
             orientation = "in_out" if type(owner).__name__ == "Conv1D" else "out_in"
         out = p.shape[-1] if orientation == "in_out" else p.shape[-2] if p.dim() > 1 else p.shape[0]
         side = "encoder" if re.match(r"(encoder|bert)\.", name) else "decoder"
-        return Part(name, role, kind, tuple(p.shape), int(found[2]) if found else None, side, orientation,
-                    self._rows(role, path, out), tuple(group[1:]))
+        return Part(
+            name,
+            role,
+            kind,
+            tuple(p.shape),
+            int(found[2]) if found else None,
+            side,
+            orientation,
+            self._rows(role, path, out),
+            tuple(group[1:]),
+        )
 
     def _rows(self, role: str, path: str, out: int) -> dict[str, tuple[slice, ...]]:
         c = self.config
@@ -208,8 +234,10 @@ class Anatomy:
             if p.layer is not None:
                 path = _LAYER.match(p.name)[1]  # type: ignore[index]
                 found.setdefault(path, {})[p.role + ("" if p.kind == "weight" else ".bias")] = p
-        return [Block(next(iter(parts.values())).layer or 0, next(iter(parts.values())).stack, path, parts,
-                      self.model.get_submodule(path)) for path, parts in found.items()]
+        return [
+            Block(next(iter(parts.values())).layer or 0, next(iter(parts.values())).stack, path, parts, self.model.get_submodule(path))
+            for path, parts in found.items()
+        ]
 
     def _check(self) -> None:
         if not self.blocks:
@@ -226,8 +254,10 @@ class Anatomy:
                 up, down = self.ffn(b).up, b.parts["ffn.down"]
                 inner = down.shape[0] if down.orientation == "in_out" else down.shape[1]
                 if self._width(up) != inner:
-                    raise UserError(f"the feed-forward part of {b.path} does not fit together",
-                                    f"{up.name} gives {self._width(up)} units and {down.name} takes {inner}")
+                    raise UserError(
+                        f"the feed-forward part of {b.path} does not fit together",
+                        f"{up.name} gives {self._width(up)} units and {down.name} takes {inner}",
+                    )
 
     def __iter__(self) -> Iterator[Part]:
         return iter(self.parts.values())
@@ -288,8 +318,12 @@ class Anatomy:
 
     def flops_per_token(self, context: int) -> int:
         """Forward FLOPs of one token that attends to `context` tokens: 2 per active matrix weight, 4 per attended q unit."""
-        weights = sum(p.size * self.top_k // self.experts if p.orientation == "experts" else p.size for p in self
-                      if len(p.shape) > 1 and (p.role.startswith(_MATMUL) or p.role == "embed" and any(t.startswith(("lm_head", "cls.")) for t in p.tied)))
+        weights = sum(
+            p.size * self.top_k // self.experts if p.orientation == "experts" else p.size
+            for p in self
+            if len(p.shape) > 1
+            and (p.role.startswith(_MATMUL) or p.role == "embed" and any(t.startswith(("lm_head", "cls.")) for t in p.tied))
+        )
         width = sum(self._width(self.attention(b)["q"]) for b in self.blocks)
         return 2 * weights + 4 * context * width
 

@@ -65,12 +65,17 @@ class Certificate:
     def rows(self) -> list[tuple[str, str, str]]:
         """(quantity, before, after) for tables."""
         b, rows = self.before, []
-        for name, old, new in (("parameters", b["params_total"], self.params_total), ("active per token", b["params_active"], self.params_active),
-                               ("forward FLOPs per token", b["flops_per_token"], self.flops_per_token),
-                               ("KV cache bytes per token", b["kv_bytes_per_token"], self.kv_bytes_per_token)):
+        for name, old, new in (
+            ("parameters", b["params_total"], self.params_total),
+            ("active per token", b["params_active"], self.params_active),
+            ("forward FLOPs per token", b["flops_per_token"], self.flops_per_token),
+            ("KV cache bytes per token", b["kv_bytes_per_token"], self.kv_bytes_per_token),
+        ):
             rows.append((name, f"{old:,}", f"{new:,}"))
-        for name, old_loss, new_loss in (("probe loss (nats per token)", self.loss_before, self.loss_after),
-                                         ("probe bits per byte", self.bits_per_byte_before, self.bits_per_byte_after)):
+        for name, old_loss, new_loss in (
+            ("probe loss (nats per token)", self.loss_before, self.loss_after),
+            ("probe bits per byte", self.bits_per_byte_before, self.bits_per_byte_after),
+        ):
             if new_loss is not None:
                 rows.append((name, f"{old_loss:.4f}", f"{new_loss:.4f}"))
         if self.max_abs_dlogit is not None and self.promise != "trained":
@@ -123,13 +128,16 @@ def certify(before: Checkpoint, after: Checkpoint, promise: str = "same function
     sizes, cls = {}, ""
     for key, ckpt in (("before", before), ("after", after)):
         anatomy = Anatomy(ckpt.skeleton)
-        sizes[key], cls = Size.of(anatomy, next(iter(ckpt.table.values())) and _itemsize(ckpt)), type(ckpt.skeleton).__name__
+        sizes[key], cls = Size.of(anatomy, max(ckpt.dtype(n).itemsize for n in ckpt.table)), type(ckpt.skeleton).__name__
     need, free = 4.8 * max(s.params_total for s in sizes.values()), psutil.virtual_memory().available
-    measured: dict[str, Any] = dict.fromkeys(("max_abs_dlogit", "tolerance", "loss_before", "loss_after", "bits_per_byte_before", "bits_per_byte_after"))
+    measured: dict[str, Any] = dict.fromkeys(
+        ("max_abs_dlogit", "tolerance", "loss_before", "loss_after", "bits_per_byte_before", "bits_per_byte_after")
+    )
     passed, probe, note = None, "", ""
     if mode == "structure" or mode == "auto" and need > free:
         note = "names, shapes and types fit the stock class; logits were not compared" + (
-            f": that needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free" if mode == "auto" else ", as asked")
+            f": that needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free" if mode == "auto" else ", as asked"
+        )
     else:
         ids, size, probe = probe_ids(before, text)
         vocab = int(after.hf_config.get_text_config().vocab_size)
@@ -144,14 +152,18 @@ def certify(before: Checkpoint, after: Checkpoint, promise: str = "same function
         tolerance = TOLERANCE * max(1.0, float(old.abs().max()) / 10)  # fp32 rounding grows with the logits
         losses = nats(old, ids), nats(new, ids)
         per_byte = [n * (ids.shape[1] - 1) * len(ids) / size / math.log(2) if size else None for n in losses]
-        measured = {"max_abs_dlogit": difference, "tolerance": tolerance, "loss_before": losses[0], "loss_after": losses[1],
-                    "bits_per_byte_before": per_byte[0], "bits_per_byte_after": per_byte[1]}
+        measured = {
+            "max_abs_dlogit": difference,
+            "tolerance": tolerance,
+            "loss_before": losses[0],
+            "loss_after": losses[1],
+            "bits_per_byte_before": per_byte[0],
+            "bits_per_byte_after": per_byte[1],
+        }
         passed = bool(difference <= tolerance) if promise == "same function" else None
         if not math.isfinite(difference):
             passed, note = False, "the new model's logits are not finite"
     after_size = {k: v for k, v in asdict(sizes["after"]).items() if k != "context"}
-    return Certificate(promise=promise, passed=passed, **measured, **after_size, loads_in=cls, before=asdict(sizes["before"]), probe=probe, note=note)
-
-
-def _itemsize(ckpt: Checkpoint) -> int:
-    return max(ckpt.dtype(n).itemsize for n in ckpt.table)
+    return Certificate(
+        promise=promise, passed=passed, **measured, **after_size, loads_in=cls, before=asdict(sizes["before"]), probe=probe, note=note
+    )

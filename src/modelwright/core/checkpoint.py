@@ -17,18 +17,31 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from modelwright.core.errors import UserError
 
 LINEAGE = "modelwright.json"
 SEEDLING = Path(__file__).parent.parent / "data" / "seedling"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_COMPANIONS = re.compile(r"(tokenizer.*|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.jinja|"
-                         r"spiece\.model|generation_config\.json|preprocessor_config\.json)")
+_COMPANIONS = re.compile(
+    r"(tokenizer.*|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.jinja|"
+    r"spiece\.model|generation_config\.json|preprocessor_config\.json)"
+)
 _OPEN_SHARDS = 2
 
 
@@ -48,9 +61,11 @@ def locate(base: str | Path) -> Path:
 
         return Path(snapshot_download(str(base), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:
-        raise UserError(f"{base} is neither a folder nor a hub id that can be fetched",
-                        str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__,
-                        "check the name, or download it first and give the folder") from None
+        raise UserError(
+            f"{base} is neither a folder nor a hub id that can be fetched",
+            str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__,
+            "check the name, or download it first and give the folder",
+        ) from None
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
@@ -67,8 +82,11 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     table.pop("__metadata__", None)
     end = 8 + length + max((t["data_offsets"][1] for t in table.values()), default=0)
     if end != size:
-        raise UserError(f"{file} is truncated" if size < end else f"{file} has {size - end} bytes too many",
-                        f"its header promises {end} bytes and it has {size}", "copy or download it again")
+        raise UserError(
+            f"{file} is truncated" if size < end else f"{file} has {size - end} bytes too many",
+            f"its header promises {end} bytes and it has {size}",
+            "copy or download it again",
+        )
     return table
 
 
@@ -87,8 +105,11 @@ class Checkpoint:
         except ValueError:
             raise UserError(f"{path} is not valid JSON", how="copy or download it again") from None
         if "auto_map" in self.config:
-            raise UserError(f"{self.folder} asks to run code that comes with it", "its config.json has auto_map, and remote code is never run",
-                            "use a checkpoint of a class that transformers has")
+            raise UserError(
+                f"{self.folder} asks to run code that comes with it",
+                "its config.json has auto_map, and remote code is never run",
+                "use a checkpoint of a class that transformers has",
+            )
         if "model_type" not in self.config:
             raise UserError(f"{path} names no model_type", how="point to a folder saved with save_pretrained")
         self.files = self._shards()
@@ -108,8 +129,11 @@ class Checkpoint:
         elif list(self.folder.glob("adapter_model.safetensors")):
             raise UserError(f"{self.folder} is an adapter", "it holds no whole model", "merge it first, or give its base")
         elif old := sorted(p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")):
-            raise UserError(f"{self.folder} has pickle weights ({old[0]})", "pickle can run code when it is opened",
-                            "convert it once with transformers: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)")
+            raise UserError(
+                f"{self.folder} has pickle weights ({old[0]})",
+                "pickle can run code when it is opened",
+                "convert it once with transformers: AutoModel.from_pretrained(...).save_pretrained(..., safe_serialization=True)",
+            )
         else:
             raise UserError(f"{self.folder} has no weights", "there is no model.safetensors")
         for file in files:
@@ -158,7 +182,7 @@ class Checkpoint:
         return config_of(self.config)
 
     @cached_property
-    def skeleton(self) -> nn.Module:
+    def skeleton(self) -> Any:
         """The model on the meta device: names and shapes, no memory."""
         return skeleton(self.hf_config)
 
@@ -170,16 +194,24 @@ class Checkpoint:
         transformers.logging.set_verbosity_error()
         try:
             model, info = model_class(self.hf_config).from_pretrained(
-                self.folder, dtype=dtype or "auto", use_safetensors=True, local_files_only=True, trust_remote_code=False,
-                output_loading_info=True)
+                self.folder,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
         except (RuntimeError, ValueError, SafetensorError) as error:
             raise UserError(f"{self.folder} does not load", str(error).strip().splitlines()[0]) from error
         finally:
             transformers.logging.set_verbosity(quiet)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(problem):
-                raise UserError(f"{self.folder} does not fit its config", f"{problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]}",
-                                "copy or download it again")
+                raise UserError(
+                    f"{self.folder} does not fit its config",
+                    f"{problem.replace('_', ' ')}: {sorted(map(str, info[problem]))[:3]}",
+                    "copy or download it again",
+                )
         for name, p in model.named_parameters():
             require_finite(name, p, self.folder)
         return model
@@ -241,7 +273,7 @@ def model_class(config: Any) -> Any:
         raise UserError(f"no language model class for model type '{config.model_type}'", "transformers maps none to it") from None
 
 
-def skeleton(config: Any) -> nn.Module:
+def skeleton(config: Any) -> Any:
     """The stock model of a config on the meta device."""
     with torch.device("meta"):
         return model_class(config)._from_config(config)
@@ -257,8 +289,7 @@ def _disk_shapes(config_json: str) -> dict[str, tuple[int, ...]]:
     from transformers.core_model_loading import revert_weight_conversion
 
     model = skeleton(config_of(json.loads(config_json)))
-    state = dict(model.named_parameters())
-    state |= {n: b for n, b in model.named_buffers() if n in model.state_dict()}
+    state: dict[str, Tensor] = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in model.state_dict()}}
     return {n: tuple(t.shape) for n, t in revert_weight_conversion(model, state).items()}
 
 

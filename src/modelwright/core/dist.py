@@ -21,7 +21,9 @@ def rank() -> int:
 def require_world(asked: int) -> None:
     """UserError unless exactly `asked` processes run. Some launchers silently start one."""
     if world() != asked:
-        raise UserError(f"{asked} processes were asked for and {world()} run", "the launcher started another number", "launch with torchrun")
+        raise UserError(
+            f"{asked} processes were asked for and {world()} run", "the launcher started another number", "launch with torchrun"
+        )
 
 
 def sum_over_ranks(*values: Tensor) -> list[Tensor]:

@@ -12,8 +12,9 @@ def _first(value: Any) -> Any:
 
 
 @contextmanager
-def capture(modules: Iterable[nn.Module], visit: Callable[[nn.Module, Tensor], Any],
-            side: Literal["input", "output"] = "output") -> Iterator[None]:
+def capture(
+    modules: Iterable[nn.Module], visit: Callable[[nn.Module, Tensor], Any], side: Literal["input", "output"] = "output"
+) -> Iterator[None]:
     """Call `visit(module, tensor)` with each module's first input or output on every forward pass.
 
     Under gradient checkpointing a forward hook fires again in the recomputation; sums must guard against that.

@@ -20,8 +20,7 @@ _SUFFIX = {"k": 1e3, "m": 1e6, "b": 1e9}
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(?<!\.txt)(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
 
 
-def knob(default: Any = MISSING, help: str = "", *, low: float | None = None, high: float | None = None,
-         path: bool = False) -> Any:
+def knob(default: Any = MISSING, help: str = "", *, low: float | None = None, high: float | None = None, path: bool = False) -> Any:
     """One setting: default, meaning with its unit, inclusive bounds, and whether it names a file or folder."""
     meta = {"help": help, "low": low, "high": high, "path": path}
     if isinstance(default, (list, dict)):
@@ -36,7 +35,9 @@ def knob(default: Any = MISSING, help: str = "", *, low: float | None = None, hi
 class Data:
     """Where rows come from. A bare string in a recipe is the path."""
 
-    path: str | None = knob(None, "text, jsonl, json, csv or parquet file, folder of text files, or hub id; empty: the dataset of an earlier step", path=True)
+    path: str | None = knob(
+        None, "text, jsonl, json, csv or parquet file, folder of text files, or hub id; empty: the dataset of an earlier step", path=True
+    )
     column: str | None = knob(None, "column that holds the text (or token ids); needed for tables")
     split: str = knob("train", "split of a hub dataset")
     limit: int | None = knob(None, "use at most this many rows", low=1)
@@ -160,10 +161,9 @@ def build(cls: Any, values: Any, where: str = "", root: Path = Path(".")) -> Any
         f, name = fields[key], f"{prefix}{key}"
         value = _coerce(f.type, value, name, root)
         low, high = f.metadata.get("low"), f.metadata.get("high")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if low is not None and value < low or high is not None and value > high:
-                span = f"at least {low}" if high is None else f"at most {high}" if low is None else f"between {low} and {high}"
-                raise UserError(f"{name}={value} is out of range", f"it must be {span}")
+        if isinstance(value, (int, float)) and (low is not None and value < low or high is not None and value > high):
+            span = f"at least {low}" if high is None else f"at most {high}" if low is None else f"between {low} and {high}"
+            raise UserError(f"{name}={value} is out of range", f"it must be {span}")
         given[key] = resolve(value, root) if f.metadata.get("path") else value
     for name, f in fields.items():
         if name not in given and f.default is MISSING and f.default_factory is MISSING:

@@ -17,8 +17,12 @@ def draw(plot: dict[str, Any]) -> str:
     """The plot as a <figure> with its legend and a caption."""
     body, names = {"line": _line, "bars": _bars, "heat": _heat}[plot["kind"]](plot)
     legend = "".join(f'<span><i class="c{i % 6}"></i>{escape(n)}</span>' for i, n in enumerate(names)) if len(names) > 1 else ""
-    return (f'<figure><figcaption>{escape(plot["title"])}</figcaption>{body}' + (f'<div class="legend">{legend}</div>' if legend else "") +
-            (f'<p class="note">{escape(plot["note"])}</p>' if plot.get("note") else "") + "</figure>")
+    return (
+        f"<figure><figcaption>{escape(plot['title'])}</figcaption>{body}"
+        + (f'<div class="legend">{legend}</div>' if legend else "")
+        + (f'<p class="note">{escape(plot["note"])}</p>' if plot.get("note") else "")
+        + "</figure>"
+    )
 
 
 def ticks(low: float, high: float, want: int = 5) -> list[float]:
@@ -41,13 +45,20 @@ def number(v: float) -> str:
     return f"{v:.3g}"
 
 
+def _text(kind: str, x: float, y: float, words: str, anchor: str = "middle") -> str:
+    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _axes(x: str, y: str, bottom: float, height: float) -> str:
+    up = f'<text class="axis" transform="translate(15 {(TOP + bottom) / 2:.1f}) rotate(-90)" text-anchor="middle">{escape(y)}</text>'
+    return _text("axis", (LEFT + W - RIGHT) / 2, height - 8, x) + up
+
+
 def _frame(xs: list[tuple[float, str]], ys: list[tuple[float, str]], x: str, y: str) -> str:
-    parts = [f'<line class="grid" x1="{LEFT}" x2="{W - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>'
-             f'<text class="tick" x="{LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{escape(label)}</text>' for py, label in ys]
-    parts += [f'<text class="tick" x="{px:.1f}" y="{H - BOTTOM + 18}" text-anchor="middle">{escape(label)}</text>' for px, label in xs]
-    parts.append(f'<text class="axis" x="{(LEFT + W - RIGHT) / 2}" y="{H - 8}" text-anchor="middle">{escape(x)}</text>')
-    parts.append(f'<text class="axis" transform="translate(15 {(TOP + H - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">{escape(y)}</text>')
-    return "".join(parts)
+    grid = "".join(f'<line class="grid" x1="{LEFT}" x2="{W - RIGHT}" y1="{py:.1f}" y2="{py:.1f}"/>' for py, _ in ys)
+    left = "".join(_text("tick", LEFT - 8, py + 4, label, "end") for py, label in ys)
+    below = "".join(_text("tick", px, H - BOTTOM + 18, label) for px, label in xs)
+    return grid + left + below + _axes(x, y, H - BOTTOM, H)
 
 
 def _svg(body: str, title: str, height: int = H) -> str:
@@ -70,8 +81,10 @@ def _line(p: dict[str, Any]) -> tuple[str, list[str]]:
     for i, (name, series) in enumerate(p["series"].items()):
         good = [(sx(a), sy(b), a, b) for a, b in series if math.isfinite(b)]
         body += f'<polyline class="s{i % 6}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b, *_ in good)}"/>'
-        body += "".join(f'<circle class="d{i % 6}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{escape(name)}: {number(u)}, {v:.4g}</title></circle>'
-                        for a, b, u, v in good)
+        body += "".join(
+            f'<circle class="d{i % 6}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{escape(name)}: {number(u)}, {v:.4g}</title></circle>'
+            for a, b, u, v in good
+        )
     return _svg(body, p["title"]), list(p["series"])
 
 
@@ -89,12 +102,15 @@ def _bars(p: dict[str, Any]) -> tuple[str, list[str]]:
             if v is None:
                 continue
             x, top = LEFT + slot * i + slot * 0.12 + width * j, min(sy(v), sy(0))
-            body += (f'<rect class="b{j % 6}" x="{x:.1f}" y="{top:.1f}" width="{max(width - 2, 1):.1f}" height="{abs(sy(v) - sy(0)):.1f}" rx="2">'
-                     f'<title>{escape(str(p["groups"][i]))}, {escape(name)}: {v:.4g}</title></rect>')
+            high = abs(sy(v) - sy(0))
+            body += (
+                f'<rect class="b{j % 6}" x="{x:.1f}" y="{top:.1f}" width="{max(width - 2, 1):.1f}" height="{high:.1f}" rx="2">'
+                f"<title>{escape(str(p['groups'][i]))}, {escape(name)}: {v:.4g}</title></rect>"
+            )
     if "line" in p:  # a level to compare with
         y = sy(p["line"]["at"])
-        body += (f'<line class="mark" x1="{LEFT}" x2="{W - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                 f'<text class="tick" x="{W - RIGHT}" y="{y - 5:.1f}" text-anchor="end">{escape(p["line"]["name"])}</text>')
+        body += f'<line class="mark" x1="{LEFT}" x2="{W - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        body += _text("tick", W - RIGHT, y - 5, p["line"]["name"], "end")
     return _svg(body, p["title"]), list(p["series"])
 
 
@@ -107,18 +123,19 @@ def _heat(p: dict[str, Any]) -> tuple[str, list[str]]:
     body = ""
     for i, (name, row) in enumerate(zip(rows, p["values"], strict=True)):
         y = TOP + cell_h * i
-        body += f'<text class="tick" x="{LEFT - 8}" y="{y + cell_h / 2 + 4:.1f}" text-anchor="end">{escape(str(name))}</text>'
+        body += _text("tick", LEFT - 8, y + cell_h / 2 + 4, str(name), "end")
         for j, v in enumerate(row):
             x = LEFT + cell_w * j
-            body += (f'<rect class="h" x="{x:.1f}" y="{y:.1f}" width="{cell_w - 2:.1f}" height="{cell_h - 2:.1f}" rx="2" style="--v:{v / top:.3f}">'
-                     f'<title>{escape(str(name))}, {escape(str(columns[j]))}: {v:.3g}</title></rect>')
+            size = f'width="{cell_w - 2:.1f}" height="{cell_h - 2:.1f}"'
+            body += (
+                f'<rect class="h" x="{x:.1f}" y="{y:.1f}" {size} rx="2" style="--v:{v / top:.3f}">'
+                f"<title>{escape(str(name))}, {escape(str(columns[j]))}: {v:.3g}</title></rect>"
+            )
             if cell_w > 34:
                 label = f"{v:.2g}" if v == 0 or v >= 0.005 else "~0"
                 ink = "on" if v / top > 0.55 else "off"
-                body += f'<text class="cell {ink}" x="{x + cell_w / 2 - 1:.1f}" y="{y + cell_h / 2 + 3:.1f}" text-anchor="middle">{label}</text>'
+                body += _text(f"cell {ink}", x + cell_w / 2 - 1, y + cell_h / 2 + 3, label)
     bottom = TOP + cell_h * len(rows)
-    body += "".join(f'<text class="tick" x="{LEFT + cell_w * (j + 0.5):.1f}" y="{bottom + 16:.1f}" text-anchor="middle">{escape(str(c))}</text>'
-                    for j, c in enumerate(columns))
-    body += f'<text class="axis" x="{(LEFT + W - RIGHT) / 2}" y="{height - 8}" text-anchor="middle">{escape(p["x"])}</text>'
-    body += f'<text class="axis" transform="translate(15 {TOP + cell_h * len(rows) / 2}) rotate(-90)" text-anchor="middle">{escape(p["y"])}</text>'
+    body += "".join(_text("tick", LEFT + cell_w * (j + 0.5), bottom + 16, str(c)) for j, c in enumerate(columns))
+    body += _axes(p["x"], p["y"], bottom, height)
     return _svg(body, p["title"], height), []

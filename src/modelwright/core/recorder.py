@@ -15,8 +15,18 @@ import pyarrow as pa
 from pyarrow import parquet
 from torch import Tensor
 
-SCHEMA = pa.schema([("step", pa.int32()), ("kind", pa.string()), ("name", pa.string()), ("example", pa.int64()), ("loss", pa.float32()),
-                    ("tokens", pa.int32()), ("lr", pa.float32()), ("energy_j", pa.float64())])
+SCHEMA = pa.schema(
+    [
+        ("step", pa.int32()),
+        ("kind", pa.string()),
+        ("name", pa.string()),
+        ("example", pa.int64()),
+        ("loss", pa.float32()),
+        ("tokens", pa.int32()),
+        ("lr", pa.float32()),
+        ("energy_j", pa.float64()),
+    ]
+)
 
 
 class Meter:
@@ -50,7 +60,9 @@ class Meter:
             return []
 
     def _read(self) -> list[float]:
-        return [int(Path(f).read_text()) / 1e6 for f in self._files] + [n.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3 for n, h in self._gpus]
+        return [int(Path(f).read_text()) / 1e6 for f in self._files] + [
+            n.nvmlDeviceGetTotalEnergyConsumption(h) / 1e3 for n, h in self._gpus
+        ]
 
     def joules(self) -> float | None:
         if self.source == "unknown":
@@ -90,8 +102,10 @@ class Recorder:
         rows = self._evals
         for at, lr, examples, sums, counts in self._steps:
             means = (sums / counts.clamp(min=1)).tolist()
-            rows += [{"step": at, "kind": "train", "example": e, "loss": m, "tokens": n, "lr": lr}
-                     for e, m, n in zip(examples.tolist(), means, counts.tolist(), strict=True)]
+            rows += [
+                {"step": at, "kind": "train", "example": e, "loss": m, "tokens": n, "lr": lr}
+                for e, m, n in zip(examples.tolist(), means, counts.tolist(), strict=True)
+            ]
         if self._steps:
             rows[-1]["energy_j"] = self.meter.joules()
         if rows:

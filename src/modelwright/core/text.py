@@ -82,7 +82,8 @@ def read(data: Data) -> list[Any]:
 
 def _table(path: Path) -> Any:
     import pyarrow as pa
-    from pyarrow import csv, json as pa_json, parquet
+    from pyarrow import csv, parquet
+    from pyarrow import json as pa_json
 
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty", how="give data with at least one row")
@@ -106,12 +107,16 @@ def _hub(data: Data) -> Any:
     try:
         return load_dataset(data.path, split=data.split).with_format("arrow")[:]
     except Exception as error:
-        raise UserError(f"{data.path} is neither a file nor a hub dataset that can be fetched", str(error).strip().splitlines()[0]) from None
+        raise UserError(
+            f"{data.path} is neither a file nor a hub dataset that can be fetched", str(error).strip().splitlines()[0]
+        ) from None
 
 
 def _column(table: Any, data: Data, path: Path) -> list[Any]:
     names = table.column_names
-    name = data.column or next((n for n in ("text", "messages", "input_ids") if n in names), None) or (names[0] if len(names) == 1 else None)
+    name = (
+        data.column or next((n for n in ("text", "messages", "input_ids") if n in names), None) or (names[0] if len(names) == 1 else None)
+    )
     if name is None:
         raise UserError(f"{path} has several columns", f"they are {', '.join(names)}", "say which one: data: {path: ..., column: NAME}")
     if name not in names:
@@ -119,7 +124,9 @@ def _column(table: Any, data: Data, path: Path) -> list[Any]:
     values = table.column(name).to_pylist()
     kind = next((type(v) for v in values if v is not None), None)
     if kind not in (str, list, None):
-        raise UserError(f"column '{name}' of {path} holds {kind.__name__} values", "text, messages or token ids are needed", "choose another column")
+        raise UserError(
+            f"column '{name}' of {path} holds {kind.__name__} values", "text, messages or token ids are needed", "choose another column"
+        )
     return values
 
 
@@ -132,12 +139,18 @@ def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[in
     for i, message in enumerate(messages):
         if set(message) < {"role", "content"}:
             raise UserError(f"message {i} of a chat lacks role or content", f"it has {', '.join(message)}")
-        for upto, learnt in ((messages[:i], False), (messages[: i + 1], True)) if message["role"] == "assistant" else ((messages[: i + 1], False),):
+        for upto, learnt in (
+            ((messages[:i], False), (messages[: i + 1], True)) if message["role"] == "assistant" else ((messages[: i + 1], False),)
+        ):
             if not upto:
                 continue
-            now = tokenizer.apply_chat_template(upto, add_generation_prompt=message["role"] == "assistant" and not learnt, return_dict=False)
+            now = tokenizer.apply_chat_template(
+                upto, add_generation_prompt=message["role"] == "assistant" and not learnt, return_dict=False
+            )
             if now[: len(ids)] != ids:
-                raise UserError("the chat template rewrites earlier turns", "the assistant's tokens cannot be told apart", "use another template")
+                raise UserError(
+                    "the chat template rewrites earlier turns", "the assistant's tokens cannot be told apart", "use another template"
+                )
             mask += [learnt] * (len(now) - len(ids))
             ids = now
     return ids, mask
@@ -154,8 +167,12 @@ def tokenize(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> 
         cut += len(ids) > context
         kept.append((ids[:context], mask[:context]))
     n, t = len(kept), max(len(ids) for ids, _ in kept)
-    rows = Rows(torch.zeros(n, t, dtype=torch.int32), torch.full((n, t), IGNORE, dtype=torch.int32),
-                torch.tensor([len(ids) for ids, _ in kept]), facts={"documents": n, "cut at the context": cut})
+    rows = Rows(
+        torch.zeros(n, t, dtype=torch.int32),
+        torch.full((n, t), IGNORE, dtype=torch.int32),
+        torch.tensor([len(ids) for ids, _ in kept]),
+        facts={"documents": n, "cut at the context": cut},
+    )
     for i, (ids, mask) in enumerate(kept):
         row = torch.tensor(ids, dtype=torch.int32)
         rows.ids[i, : len(ids)] = row
@@ -198,12 +215,18 @@ def _finish(rows: Rows) -> Rows:
 def _in_vocabulary(ids: Tensor, vocab: int) -> None:
     top, low = int(ids.max()), int(ids.min())
     if top >= vocab or low < 0:
-        raise UserError(f"token id {top if top >= vocab else low} is out of range", f"the model has {vocab} embeddings (ids 0 to {vocab - 1})",
-                        "use the tokenizer that belongs to the model")
+        raise UserError(
+            f"token id {top if top >= vocab else low} is out of range",
+            f"the model has {vocab} embeddings (ids 0 to {vocab - 1})",
+            "use the tokenizer that belongs to the model",
+        )
 
 
 def check_vocabulary(tokenizer: Any, vocab: int, where: Any) -> None:
     """UserError when the tokenizer can give ids that the model has no embedding for."""
     if tokenizer is not None and (top := max(tokenizer.get_vocab().values(), default=0)) >= vocab:
-        raise UserError(f"the tokenizer in {where} does not belong to the model", f"its highest id is {top} and the model has {vocab} embeddings",
-                        "use the tokenizer that was saved with the model")
+        raise UserError(
+            f"the tokenizer in {where} does not belong to the model",
+            f"its highest id is {top} and the model has {vocab} embeddings",
+            "use the tokenizer that was saved with the model",
+        )

@@ -157,7 +157,7 @@ class Trainer(HFTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             torch.save([t.state_dict() for t in self.techniques], folder / "techniques.pt")
             if self.recorder:
                 self.recorder.flush(self.state.global_step)
@@ -169,8 +169,15 @@ class Trainer(HFTrainer):
 class _Loop(TrainerCallback):
     """Progress, evaluation, liveness and a graceful Ctrl-C."""
 
-    def __init__(self, techniques: list[Technique], evaluate: Callable[[int], None], every: int, tick: Callable[[int, int], None], outcome: Outcome,
-                 lr: Callable[[], float]):
+    def __init__(
+        self,
+        techniques: list[Technique],
+        evaluate: Callable[[int], None],
+        every: int,
+        tick: Callable[[int, int], None],
+        outcome: Outcome,
+        lr: Callable[[], float],
+    ):
         self.techniques, self.evaluate, self.every, self.tick, self.outcome, self.lr = techniques, evaluate, every, tick, outcome, lr
         self.interrupted = False
         self._before: dict[str, Tensor] = {}
@@ -226,16 +233,26 @@ def latest_state(folder: Path) -> Path | None:
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 
-def fit(model: Any, rows: Rows, train: Train, *, techniques: list[Technique], evals: dict[str, Rows], folder: Path, seed: int,
-        tick: Callable[[int, int], None] = lambda step, of: None) -> Outcome:
+def fit(
+    model: Any,
+    rows: Rows,
+    train: Train,
+    *,
+    techniques: list[Technique],
+    evals: dict[str, Rows],
+    folder: Path,
+    seed: int,
+    tick: Callable[[int, int], None] = lambda step, of: None,
+) -> Outcome:
     """Train `model` on `rows`; resumes by itself from the newest whole state in `folder`, bit-equal to an unbroken run.
 
     Raises UserError for an encoder-decoder model or a loss that is not finite. Returns the outcome; `outcome.model` is the
     trained model, adapters attached.
     """
     if model.config.is_encoder_decoder:
-        raise UserError(f"{type(model).__name__} has an encoder and a decoder", "plain text has no input and target for it",
-                        "give a decoder-only model")
+        raise UserError(
+            f"{type(model).__name__} has an encoder and a decoder", "plain text has no input and target for it", "give a decoder-only model"
+        )
     limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     if limit and rows.ids.shape[1] > limit:
         raise UserError(f"context={rows.ids.shape[1]} is longer than the model's {limit} positions", how="lower train.context")
@@ -258,13 +275,29 @@ def fit(model: Any, rows: Rows, train: Train, *, techniques: list[Technique], ev
             t.load_state_dict(s)
     cuda = torch.cuda.is_available()
     args = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=train.batch, gradient_accumulation_steps=train.accumulate,
-        learning_rate=train.lr, lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
-        warmup_steps=round(train.warmup * steps), weight_decay=train.weight_decay, max_grad_norm=train.clip, seed=seed, data_seed=seed,
-        logging_strategy="no", save_strategy="steps", save_steps=train.save_every,
-        save_total_limit=2, report_to=[], disable_tqdm=True, remove_unused_columns=False, use_cpu=not cuda,
-        bf16=cuda and torch.cuda.is_bf16_supported(), dataloader_pin_memory=cuda,
-        **{_RECOMPUTE: train.gradient_checkpointing})
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=train.batch,
+        gradient_accumulation_steps=train.accumulate,
+        learning_rate=train.lr,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
+        warmup_steps=round(train.warmup * steps),
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.clip,
+        seed=seed,
+        data_seed=seed,
+        logging_strategy="no",
+        save_strategy="steps",
+        save_steps=train.save_every,
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not cuda,
+        bf16=cuda and torch.cuda.is_bf16_supported(),
+        dataloader_pin_memory=cuda,
+    )
+    setattr(args, _RECOMPUTE, train.gradient_checkpointing)
 
     def evaluate(step: int) -> None:
         for name, held_out in evals.items():
@@ -274,8 +307,16 @@ def fit(model: Any, rows: Rows, train: Train, *, techniques: list[Technique], ev
                 recorder.eval(step, name, result["loss"], int(result["tokens"]))
 
     loop = _Loop(techniques, evaluate, train.eval_every or max(1, steps // 10), tick, outcome, lambda: trainer.lr_used)
-    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=collate, techniques=techniques, recorder=recorder,
-                      on_save=lambda: {"evals": outcome.evals, "liveness": outcome.liveness}, callbacks=[loop])
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        data_collator=collate,
+        techniques=techniques,
+        recorder=recorder,
+        on_save=lambda: {"evals": outcome.evals, "liveness": outcome.liveness},
+        callbacks=[loop],
+    )
     for name in ("PrinterCallback", "ProgressCallback"):
         for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == name]:
             trainer.remove_callback(c)

@@ -99,8 +99,11 @@ def write_tensors(blueprint: Blueprint, folder: Path, shard_size: int, tick: Cal
     sizes = {n: torch.Size(s).numel() * blueprint.dtypes[n].itemsize for n, s in shapes.items()}
     need, free = sum(sizes.values()) + (1 << 20), shutil.disk_usage(folder).free
     if need > free:
-        raise UserError(f"no disk space for {folder}", f"the result needs {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free",
-                        "free some or choose another folder")
+        raise UserError(
+            f"no disk space for {folder}",
+            f"the result needs {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free",
+            "free some or choose another folder",
+        )
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(sizes, key=natural):
@@ -135,7 +138,7 @@ def write_tensors(blueprint: Blueprint, folder: Path, shard_size: int, tick: Cal
                 want = shapes[name] if index is None else shapes[name][1:]
                 if tuple(tensor.shape) != want or tensor.dtype != blueprint.dtypes[name]:
                     raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want} {blueprint.dtypes[name]}")
-                data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+                data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
                 fd, offset = place[name]
                 if len(flying) > _WRITERS:
                     flying.popleft().result()
@@ -152,7 +155,8 @@ def write_tensors(blueprint: Blueprint, folder: Path, shard_size: int, tick: Cal
     if len(shards) > 1:
         index_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
         (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index_map}, indent=1))
+            json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index_map}, indent=1)
+        )
     copy_companions(blueprint.source, folder)
     (folder / "config.json").write_text(json.dumps(blueprint.config, indent=2, sort_keys=True) + "\n")
 
@@ -192,7 +196,8 @@ def write_card(folder: Path, title: str, base: str, steps: list[dict[str, Any]],
     table = "\n".join(f"| {k} | {v} |" for k, v in rows)
     (folder / "README.md").write_text(
         f"---\nlibrary_name: transformers\ntags: [modelwright]\n---\n# {title}\n\nMade by modelwright; loads as `{loads_in}`.\n\n"
-        f"| measured | value |\n|---|---|\n{table}\n\n## Recipe\n```yaml\n{recipe}```\n\nThe full lineage is in `{LINEAGE}`.\n")
+        f"| measured | value |\n|---|---|\n{table}\n\n## Recipe\n```yaml\n{recipe}```\n\nThe full lineage is in `{LINEAGE}`.\n"
+    )
 
 
 def natural(name: str) -> list[Any]:

@@ -22,8 +22,22 @@ from modelwright.core.errors import UserError
 from modelwright.core.knobs import knob
 
 # Tables, tests, and what some distributions leave out.
-_NEVER = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3", "encodings", "tkinter", "turtledemo", "distutils",
-          "ensurepip", "pydoc_data", "__pycache__", "lib-dynload"}
+_NEVER = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "lib2to3",
+    "encodings",
+    "tkinter",
+    "turtledemo",
+    "distutils",
+    "ensurepip",
+    "pydoc_data",
+    "__pycache__",
+    "lib-dynload",
+}
 
 _BY_RULE = ("CJK", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION", "EGYPTIAN HIEROGLYPH", "ANATOLIAN HIEROGLYPH")
 _BLOCK = 64
@@ -75,7 +89,12 @@ def _files(knobs: Knobs) -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for file in sorted(root.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
-        if not _NEVER & set(parts) and parts[0] not in knobs.skip and (not knobs.only or parts[0] in knobs.only) and not parts[0].startswith("config-"):
+        if (
+            not _NEVER & set(parts)
+            and parts[0] not in knobs.skip
+            and (not knobs.only or parts[0] in knobs.only)
+            and not parts[0].startswith("config-")
+        ):
             yield ".".join(parts), file
 
 
@@ -93,7 +112,9 @@ def _words(file: Path) -> str:
         tree = ast.parse(_read(file))
     except SyntaxError:
         return ""
-    found = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))]
+    found = [
+        ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     words = "\n\n".join(d for d in found if d)
     return words if len(words) > 40 else ""
 

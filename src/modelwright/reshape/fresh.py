@@ -34,9 +34,19 @@ def fresh(source: None, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = train_tokenizer([d for d in read(knobs.data) if isinstance(d, str)], knobs.vocab, knobs.context)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=knobs.hidden, intermediate_size=knobs.ffn, num_hidden_layers=knobs.layers,
-                         num_attention_heads=knobs.heads, num_key_value_heads=knobs.kv_heads, max_position_embeddings=knobs.context,
-                         tie_word_embeddings=knobs.tied, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=knobs.hidden,
+        intermediate_size=knobs.ffn,
+        num_hidden_layers=knobs.layers,
+        num_attention_heads=knobs.heads,
+        num_key_value_heads=knobs.kv_heads,
+        max_position_embeddings=knobs.context,
+        tie_word_embeddings=knobs.tied,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     torch.manual_seed(seed)
     return Built(LlamaForCausalLM(config), tokenizer), "changed function"
 
@@ -47,8 +57,12 @@ def train_tokenizer(documents: list[str], vocab: int, context: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=context)

@@ -62,7 +62,12 @@ def states(model: Any, tokenizer: Any, texts: list[str], visit: Callable[[int, T
         longest = max(map(len, part))
         mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in part])
         ids = torch.tensor([r + [0] * (longest - len(r)) for r in part])
-        with capture(layers, lambda module, x: visit(layers[module], x[mask.bool()].float()), side="input"):
+        real = mask.bool()
+
+        def each(module: Any, x: Tensor, real: Tensor = real) -> None:
+            visit(layers[module], x[real].float())
+
+        with capture(layers, each, side="input"):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
@@ -79,11 +84,17 @@ def from_data(kind: str, model: Any, tokenizer: Any, knobs: Any) -> dict[int, Te
     else:
         groups, name = [read(Data(path=p)) for p in knobs.texts], "texts"
     if len(groups) != knobs.experts:
-        raise UserError(f"{name} has {len(groups)} groups and there are {knobs.experts} experts", "each expert needs its own", f"give {knobs.experts}")
+        raise UserError(
+            f"{name} has {len(groups)} groups and there are {knobs.experts} experts", "each expert needs its own", f"give {knobs.experts}"
+        )
     if len({tuple(map(str, g)) for g in groups}) < len(groups):
-        raise UserError(f"two experts have the same {name}", "their router rows would be equal and one of them never chosen", "give each its own")
+        raise UserError(
+            f"two experts have the same {name}", "their router rows would be equal and one of them never chosen", "give each its own"
+        )
     if kind == "prompts" and knobs.negatives and len(knobs.negatives) != knobs.experts:
-        raise UserError(f"negatives has {len(knobs.negatives)} groups and there are {knobs.experts} experts", how="give one per expert, or none")
+        raise UserError(
+            f"negatives has {len(knobs.negatives)} groups and there are {knobs.experts} experts", how="give one per expert, or none"
+        )
     context = min(int(model.config.max_position_embeddings), 512)
     if kind == "ridge":
         return _ridge(model, tokenizer, groups, knobs.ridge, context)

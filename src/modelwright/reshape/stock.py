@@ -17,10 +17,12 @@ from modelwright.core.anatomy import Anatomy
 from modelwright.core.checkpoint import Checkpoint, config_of
 from modelwright.core.errors import UserError
 
-_SHARED = ("vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act max_position_embeddings "
-           "initializer_range rms_norm_eps use_cache tie_word_embeddings rope_parameters attention_dropout "
-           "pad_token_id bos_token_id eos_token_id").split()
-_MULTIPLIERS = "embedding_multiplier logits_scaling residual_multiplier attention_multiplier".split()
+_SHARED = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act max_position_embeddings "
+    "initializer_range rms_norm_eps use_cache tie_word_embeddings rope_parameters attention_dropout "
+    "pad_token_id bos_token_id eos_token_id"
+).split()  # noqa: SIM905
+_MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,31 @@ class Target:
 
 
 _LAYOUTS = {
-    "mixtral": ("MixtralForCausalLM", "block_sparse_moe", "gate.weight",
-                ("experts.{e}.w1.weight", "experts.{e}.w3.weight", "experts.{e}.w2.weight")),
-    "qwen2_moe": ("Qwen2MoeForCausalLM", "mlp", "gate.weight",
-                  ("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight")),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", "mlp", "gate.weight",
-                  ("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight")),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "block_sparse_moe",
+        "gate.weight",
+        ("experts.{e}.w1.weight", "experts.{e}.w3.weight", "experts.{e}.w2.weight"),
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        "mlp",
+        "gate.weight",
+        ("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight"),
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeForCausalLM",
+        "mlp",
+        "gate.weight",
+        ("experts.{e}.gate_proj.weight", "experts.{e}.up_proj.weight", "experts.{e}.down_proj.weight"),
+    ),
     "granitemoe": ("GraniteMoeForCausalLM", "block_sparse_moe", "router.layer.weight", ("input_linear.weight", "output_linear.weight")),
-    "granitemoeshared": ("GraniteMoeSharedForCausalLM", "block_sparse_moe", "router.layer.weight",
-                         ("input_linear.weight", "output_linear.weight")),
+    "granitemoeshared": (
+        "GraniteMoeSharedForCausalLM",
+        "block_sparse_moe",
+        "router.layer.weight",
+        ("input_linear.weight", "output_linear.weight"),
+    ),
 }
 
 
@@ -91,10 +109,14 @@ def choose(source: Checkpoint, anatomy: Anatomy, experts: int, top_k: int, wante
     elif window:
         exact = [t for t in exact if t in ("mixtral", "qwen3_moe")]
     if not exact:
-        raise UserError(f"no stock class holds this {kind} model exactly", "it uses a sliding window together with " + (
-            "biases" if qkv_bias else "q and k norms" if qk_norm else "its layer pattern"))
+        raise UserError(
+            f"no stock class holds this {kind} model exactly",
+            "it uses a sliding window together with " + ("biases" if qkv_bias else "q and k norms" if qk_norm else "its layer pattern"),
+        )
     if wanted not in ("auto", *exact):
-        raise UserError(f"target={wanted} does not hold this {kind} model exactly", f"exact are: {', '.join(exact)}", "leave target at auto")
+        raise UserError(
+            f"target={wanted} does not hold this {kind} model exactly", f"exact are: {', '.join(exact)}", "leave target at auto"
+        )
     model_type = exact[0] if wanted == "auto" else wanted
     return _target(model_type, c, views, experts, top_k, window, mixed)
 
@@ -108,19 +130,31 @@ def _refuse(anatomy: Anatomy, kind: str) -> None:
         raise UserError(f"{name} has an encoder", "no stock mixture-of-experts class has one with these layers", "give a decoder")
     if ffn.gate is None:
         biased = " and its experts would need biases" if ffn.up_bias else ""
-        raise UserError(f"{name} cannot become a stock mixture of experts", f"its feed-forward part has no gate{biased}, and every stock "
-                        "class has gated experts without biases", "give a Llama-, Mistral-, Qwen-, Granite- or Phi-3-style model")
+        raise UserError(
+            f"{name} cannot become a stock mixture of experts",
+            f"its feed-forward part has no gate{biased}, and every stock class has gated experts without biases",
+            "give a Llama-, Mistral-, Qwen-, Granite- or Phi-3-style model",
+        )
     if ffn.up_bias or ffn.gate_bias or ffn.down_bias:
-        raise UserError(f"{name} cannot become a stock mixture of experts", "its feed-forward part has biases and no stock class's experts do")
+        raise UserError(
+            f"{name} cannot become a stock mixture of experts", "its feed-forward part has biases and no stock class's experts do"
+        )
     if {"norm.attn_post", "norm.ffn_post"} & roles:
-        raise UserError(f"{name} cannot become a stock mixture of experts", "it norms what attention or the feed-forward part gives, "
-                        "and no stock class does")
+        raise UserError(
+            f"{name} cannot become a stock mixture of experts",
+            "it norms what attention or the feed-forward part gives, and no stock class does",
+        )
     if kind not in ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3"):
-        raise UserError(f"{name} cannot become a stock mixture of experts", f"no stock class is shown to hold model type '{kind}' exactly",
-                        "give a Llama-, Mistral-, Qwen-, Granite- or Phi-3-style model")
+        raise UserError(
+            f"{name} cannot become a stock mixture of experts",
+            f"no stock class is shown to hold model type '{kind}' exactly",
+            "give a Llama-, Mistral-, Qwen-, Granite- or Phi-3-style model",
+        )
     if (rope := getattr(anatomy.config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{name} cannot become a stock mixture of experts", f"it rotates only a share of {rope['partial_rotary_factor']} of each "
-                        "head, and the fitting classes rotate all of it")
+        raise UserError(
+            f"{name} cannot become a stock mixture of experts",
+            f"it rotates only a share of {rope['partial_rotary_factor']} of each head, and the fitting classes rotate all of it",
+        )
 
 
 def _window(c: Any) -> tuple[int | None, bool]:
@@ -143,8 +177,16 @@ def _target(model_type: str, c: Any, views: dict[str, Any], experts: int, top_k:
     if model_type == "mixtral":
         fields |= {"num_local_experts": experts, "intermediate_size": width, "sliding_window": window}
     elif model_type.startswith("qwen"):
-        fields |= {"num_experts": experts, "moe_intermediate_size": width, "intermediate_size": width, "norm_topk_prob": True,
-                   "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": bool(window), "sliding_window": window}
+        fields |= {
+            "num_experts": experts,
+            "moe_intermediate_size": width,
+            "intermediate_size": width,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "use_sliding_window": bool(window),
+            "sliding_window": window,
+        }
         if model_type == "qwen2_moe":
             shared = min(128, width)  # the class wants one; its down_proj starts at zero, so it is silent until trained
             fields |= {"shared_expert_intermediate_size": shared, "qkv_bias": "q.bias" in views}

@@ -48,7 +48,9 @@ class Knobs:
     negatives: list[list[str]] = knob([], "router=prompts: what each expert is not for; empty: the mean of all experts")
     texts: list[str] = knob([], "router=text or ridge: one text file per expert", path=True)
     ridge: float = knob(1e-2, "router=ridge: lambda, in units of the mean squared state", low=0)
-    target: Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared"] = knob("auto", "stock class of the result")
+    target: Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared"] = knob(
+        "auto", "stock class of the result"
+    )
     compat: Literal["ours", "official"] = knob("ours", "official: the published Drop-Upcycling script's draws")
 
 
@@ -73,8 +75,20 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
                 if knobs.router == "gate_means":
                     means.append(expert[0].float().mean(0))
                 yield from target.pieces(b.path, e, *expert)
-            router = rows[b.index] if rows else from_gates(torch.stack(means), knobs.router_std) if means else plain_router(
-                "uniform" if knobs.compat == "official" else knobs.router, seed, b.index, knobs.experts, ffns[0][0].shape[1], knobs.router_std)
+            router = (
+                rows[b.index]
+                if rows
+                else from_gates(torch.stack(means), knobs.router_std)
+                if means
+                else plain_router(
+                    "uniform" if knobs.compat == "official" else knobs.router,
+                    seed,
+                    b.index,
+                    knobs.experts,
+                    ffns[0][0].shape[1],
+                    knobs.router_std,
+                )
+            )
             yield target.names(b.path, knobs.experts)[0], router.to(ffns[0][0].dtype)
             yield from _shared(target, b.path, ffns[0])
 
@@ -86,17 +100,27 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
 
 def _others(source: Checkpoint, knobs: Knobs) -> list[Checkpoint]:
     if (knobs.method == "btx") != bool(knobs.others):
-        raise UserError("btx needs 'others'" if knobs.method == "btx" else "'others' is for method=btx",
-                        "Branch-Train-MiX mixes several checkpoints of one shape", "give others: [FOLDER, ...] with method: btx")
+        raise UserError(
+            "btx needs 'others'" if knobs.method == "btx" else "'others' is for method=btx",
+            "Branch-Train-MiX mixes several checkpoints of one shape",
+            "give others: [FOLDER, ...] with method: btx",
+        )
     found = [Checkpoint(o) for o in knobs.others]
     words = source.tokenizer().get_vocab() if source.tokenizer() else None
     for other in found:
-        if other.config.get("vocab_size") != source.config.get("vocab_size") or (words and other.tokenizer() and other.tokenizer().get_vocab() != words):
-            raise UserError(f"{other.folder} has another vocabulary than {source.folder}", "embeddings of different tokens cannot be averaged",
-                            "mix models of one tokenizer")
+        if other.config.get("vocab_size") != source.config.get("vocab_size") or (
+            words and other.tokenizer() and other.tokenizer().get_vocab() != words
+        ):
+            raise UserError(
+                f"{other.folder} has another vocabulary than {source.folder}",
+                "embeddings of different tokens cannot be averaged",
+                "mix models of one tokenizer",
+            )
         for name in source.skeleton.state_dict():
             if name in source and (name not in other or other.shape(name) != source.shape(name)):
-                raise UserError(f"{other.folder} does not have the shape of {source.folder}", f"{name} differs", "mix models of one architecture")
+                raise UserError(
+                    f"{other.folder} does not have the shape of {source.folder}", f"{name} differs", "mix models of one architecture"
+                )
     if len(found) + 1 > knobs.experts:
         raise UserError(f"{len(found) + 1} checkpoints do not fit into {knobs.experts} experts", how="raise experts")
     return found

@@ -41,15 +41,32 @@ class Lora(Technique):
     def attach(self, model: Any, anatomy: Anatomy) -> Any:
         modules, parameters, transposed = [], [], False
         for role in self.knobs.roles:
-            fused = {"attn.q": "attn.qkv", "attn.k": "attn.qkv", "attn.v": "attn.qkv", "ffn.gate": "ffn.gate_up", "ffn.up": "ffn.gate_up"}.get(role)
+            fused = {
+                "attn.q": "attn.qkv",
+                "attn.k": "attn.qkv",
+                "attn.v": "attn.qkv",
+                "ffn.gate": "ffn.gate_up",
+                "ffn.up": "ffn.gate_up",
+            }.get(role)
             found = [p for p in anatomy if p.kind == "weight" and (p.role == role or p.role == fused)]
             if not found:
-                raise UserError(f"roles has '{role}'", f"{type(model).__name__} has no such matrix", did_you_mean(role, {p.role for p in anatomy if len(p.shape) > 1}))
+                raise UserError(
+                    f"roles has '{role}'",
+                    f"{type(model).__name__} has no such matrix",
+                    did_you_mean(role, {p.role for p in anatomy if len(p.shape) > 1}),
+                )
             for p in found:
                 (parameters if p.orientation == "experts" else modules).append(p.name.removesuffix(".weight"))
                 transposed |= p.orientation == "in_out"
-        config = LoraConfig(r=self.knobs.r, lora_alpha=self.knobs.alpha, lora_dropout=self.knobs.dropout, task_type="CAUSAL_LM",
-                            target_modules=sorted(set(modules)) or None, target_parameters=sorted(set(parameters)) or None, fan_in_fan_out=transposed)
+        config = LoraConfig(
+            r=self.knobs.r,
+            lora_alpha=self.knobs.alpha,
+            lora_dropout=self.knobs.dropout,
+            task_type="CAUSAL_LM",
+            target_modules=sorted(set(modules)) or None,
+            target_parameters=sorted(set(parameters)) or None,
+            fan_in_fan_out=transposed,
+        )
         return get_peft_model(model, config)
 
     def export(self, model: Any, folder: Path) -> Any:

@@ -1,0 +1,28 @@
+"""Expert load against what the router itself says."""
+
+import pytest
+import torch
+
+from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.text import IGNORE, Rows
+from modelwright.moe.load import expert_load, max_violation
+
+KINDS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_counts_what_the_router_chose_and_no_padding(kind: str, tiny) -> None:
+    model = Checkpoint(tiny(kind)).model()
+    ids = torch.randint(3, 96, (3, 12))
+    lengths = torch.tensor([12, 7, 9])
+    rows = Rows(ids.int(), torch.where(torch.arange(12) < lengths[:, None], ids, IGNORE).int(), lengths)
+    mask = (torch.arange(12) < lengths[:, None]).long()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, output_router_logits=True).router_logits
+    want = torch.stack([torch.bincount(layer.view(3, 12, -1)[mask.bool()].topk(2).indices.flatten(), minlength=4) for layer in logits]).float()
+    torch.testing.assert_close(expert_load(model, rows), want / want.sum(1, keepdim=True))
+
+
+def test_max_violation_is_zero_when_even_and_e_minus_one_when_collapsed() -> None:
+    load = torch.tensor([[0.25] * 4, [1.0, 0, 0, 0]])
+    assert max_violation(load).tolist() == [0.0, 3.0]
