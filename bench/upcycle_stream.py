@@ -4,7 +4,8 @@ A Llama of TinyLlama's shape (1.1B parameters, bf16) with random weights becomes
 is a process of its own, and the arms take turns:
 - ours: Checkpoint, upcycle, write_tensors. Nothing is measured or compared on the way, as a copy does not either.
 - the same, but nothing is written: what the process costs before the first tensor moves.
-- copy: ours' finished files read and written again in blocks of 16 MB. No upcycling can be much faster than that.
+- copy: as many bytes read from the base's files, over and over, and written in blocks of 16 MB. No upcycling can be much
+  faster than that.
 - mergekit-moe with random gates, the same work by the tool people know: with its shards of 5 GB, and with shards of
   500 MB, because it holds a shard in memory until it is full.
 
@@ -68,13 +69,16 @@ print(json.dumps([imported - start, planned - imported, time.perf_counter() - pl
 
 COPY = """
 import sys
+from itertools import cycle
 from pathlib import Path
-to = Path(sys.argv[2])
+to, left = Path(sys.argv[2]), int(sys.argv[3])
 to.mkdir()
-for file in Path(sys.argv[1]).iterdir():
-    with open(file, "rb", buffering=0) as source, open(to / file.name, "wb", buffering=0) as copy:
-        while block := source.read(16 << 20):
-            copy.write(block)
+for i, file in enumerate(cycle(sorted(Path(sys.argv[1]).glob("*.safetensors")))):
+    with open(file, "rb", buffering=0) as source, open(to / f"{i}.safetensors", "wb", buffering=0) as copy:
+        while left and (block := source.read(min(left, 16 << 20))):
+            left -= copy.write(block)
+    if not left:
+        break
 """
 
 
@@ -152,40 +156,34 @@ def measure(work: Path, reads: Path, command: list[Any]) -> dict[str, Any]:
     return costs | {"free": free, "printed": lines[-1] if lines else ""}
 
 
-def weights(folder: Path) -> int:
-    return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+def spot_check(base: Path, result: Path) -> int:
+    """Experts, attention and embedding against the dense model, byte for byte. mergekit stores a layer's experts as one tensor."""
 
+    def stored(folder: Path, name: str, part: Any = ...) -> bytes:
+        with safe_open(folder / places[folder][name], "pt") as f:
+            return f.get_slice(name)[part].contiguous().view(torch.uint8).numpy().tobytes()
 
-def stored(folder: Path, name: str, part: Any = ...) -> bytes:
-    """Bytes of a tensor, or of a part of it, wherever it lies in the folder."""
-    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
-    with safe_open(file, "pt") as f:
-        return f.get_slice(name)[part].contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def spot_check(base: Path, ours: Path, theirs: Path | None) -> int:
-    """Experts, attention and embedding against the dense model, byte for byte; mergekit stores the experts of a layer as one tensor."""
+    places = {f: json.loads((f / "model.safetensors.index.json").read_text())["weight_map"] for f in (base, result)}
     inner, checked = LLAMA["intermediate_size"], 0
-    places = (("gate_proj", "w1", "gate_up_proj", slice(0, inner)), ("up_proj", "w3", "gate_up_proj", slice(inner, None)),
-              ("down_proj", "w2", "down_proj", slice(None)))
     for layer in (0, 11, 21):
         at = f"model.layers.{layer}"
         for e in (0, EXPERTS - 1):
-            for dense, own, fused, rows in places:
-                want = stored(base, f"{at}.mlp.{dense}.weight")
-                assert stored(ours, f"{at}.block_sparse_moe.experts.{e}.{own}.weight") == want, (layer, e, dense)
-                assert theirs is None or stored(theirs, f"{at}.mlp.experts.{fused}", (e, rows)) == want, (layer, e, dense)
+            for dense, own, fused, rows in (("gate_proj", "w1", "gate_up_proj", slice(0, inner)),
+                                            ("up_proj", "w3", "gate_up_proj", slice(inner, None)),
+                                            ("down_proj", "w2", "down_proj", slice(None))):
+                one, all_ = f"{at}.block_sparse_moe.experts.{e}.{own}.weight", f"{at}.mlp.experts.{fused}"
+                found = stored(result, one) if one in places[result] else stored(result, all_, (e, rows))
+                assert found == stored(base, f"{at}.mlp.{dense}.weight"), (result, layer, e, dense)
                 checked += 1
     for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.11.self_attn.k_proj.weight", "model.norm.weight"):
-        for result in filter(None, (ours, theirs)):
-            assert stored(result, name) == stored(base, name), name
+        assert stored(result, name) == stored(base, name), (result, name)
         checked += 1
     return checked
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--work", type=Path, help="folder for 16 GB of temporary files (default: the system's)")
+    parser.add_argument("--work", type=Path, help="folder for 10 GB of temporary files (default: the system's)")
     parser.add_argument("--mergekit-venv", type=Path, help="environment with mergekit, made where there is none (default: in --work)")
     parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()
@@ -199,37 +197,35 @@ def main() -> None:
 
 
 def compare(work: Path, venv: Path, repetitions: int) -> None:
-    base, ours, copy, theirs = (work / n for n in ("base", "ours", "copy", "mergekit-result"))
+    base, result = work / "base", work / "result"
     make_base(base)
+    shards = [f.stat().st_size for f in base.glob("*.safetensors")]
+    layers, width, inner = (LLAMA[k] for k in ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    size = sum(shards) + 2 * layers * ((EXPERTS - 1) * 3 * width * inner + EXPERTS * width)
+    plans: dict[str, list[Any]] = {
+        "ours": [sys.executable, "-c", OURS, base, result],
+        "ours, nothing written": [sys.executable, "-c", OURS, base],
+        "plain copy": [sys.executable, "-c", COPY, base, result, str(size)]}
     unavailable = install_mergekit(venv)
-    recipe = work / "mergekit.yml"
-    expert = {"source_model": str(base), "positive_prompts": ["unused by random gates"]}
-    recipe.write_text(json.dumps({"base_model": str(base), "gate_mode": "random", "dtype": "bfloat16", "experts_per_token": TOP_K,
-                                  "experts": [expert] * EXPERTS}))
-    plans: dict[str, tuple[Path, list[Any], Path | None]] = {
-        "ours": (base, [sys.executable, "-c", OURS, base, ours], ours),
-        "ours, nothing written": (base, [sys.executable, "-c", OURS, base], None),
-        "plain copy": (ours, [sys.executable, "-c", COPY, ours, copy], copy)}
     if not unavailable:
-        tool = [venv / "bin" / "mergekit-moe", recipe, theirs, "--i-understand-this-is-not-useful-without-training"]
-        plans["mergekit-moe"] = (base, tool, theirs)
-        plans["mergekit-moe, shards of 500 MB"] = (base, [*tool, "--out-shard-size", "500M"], theirs)
+        expert = {"source_model": str(base), "positive_prompts": ["unused by random gates"]}
+        recipe = {"base_model": str(base), "gate_mode": "random", "dtype": "bfloat16", "experts_per_token": TOP_K, "experts": [expert] * EXPERTS}
+        (work / "mergekit.yml").write_text(json.dumps(recipe))
+        tool = [venv / "bin" / "mergekit-moe", work / "mergekit.yml", result, "--i-understand-this-is-not-useful-without-training"]
+        plans["mergekit-moe"] = tool
+        plans["mergekit-moe, shards of 500 MB"] = [*tool, "--out-shard-size", "500M"]
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in plans}
-    checked = 0
+    arms, checked = list(plans), 0
     for round_ in range(repetitions + 1):
-        for arm, (reads, command, result) in plans.items():
-            seen = measure(work, reads, command)
-            if result:
-                seen["bytes"] = weights(result)
-            if result == theirs and not checked:
-                checked = spot_check(base, ours, theirs)
-            if result and result != ours:
-                shutil.rmtree(result)
-            if round_:  # the first round brings files and fresh memory into a state that the later ones repeat
+        for arm in arms[round_ % len(arms):] + arms[:round_ % len(arms)]:
+            seen = measure(work, base, plans[arm])
+            seen["bytes"] = sum(f.stat().st_size for f in result.glob("*.safetensors"))
+            if round_:
                 runs[arm].append(seen)
-        checked = checked or spot_check(base, ours, None)
-        shutil.rmtree(ours)
-    report(runs, max(f.stat().st_size for f in base.glob("*.safetensors")), weights(base), checked, unavailable, venv)
+            elif (result / "config.json").exists():
+                checked = spot_check(base, result)
+            shutil.rmtree(result, ignore_errors=True)
+    report(runs, max(shards), sum(shards), checked, unavailable, venv)
 
 
 def report(runs: dict[str, list[dict[str, Any]]], shard: int, size: int, checked: int, unavailable: str, venv: Path) -> None:
@@ -240,7 +236,7 @@ def report(runs: dict[str, list[dict[str, Any]]], shard: int, size: int, checked
         return spread([r[what] / unit for r in runs[arm]])
 
     rows = [[arm, of(arm, "wall"), of(arm, "synced"), of(arm, "cpu"), of(arm, "peak", 1e9), spread(ratio(arm, "plain copy", "wall")),
-             of(arm, "from_disk", 1e9), f"{seen[0].get('bytes', 0) / 1e9:.2f}"] for arm, seen in runs.items()]
+             of(arm, "from_disk", 1e9), f"{seen[0]['bytes'] / 1e9:.2f}"] for arm, seen in runs.items()]
     against = ""
     if unavailable:
         rows.append(["mergekit-moe", f"could not be installed: {unavailable}", *[""] * 6])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from families import FAMILIES
 from modelwright import cli
 
 Tiny = Callable[..., Path]
@@ -90,9 +91,8 @@ def data(tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str, *rows: Any) -> Path:
         path = tmp_path / name
-        first = rows[0] if rows else b""
-        text = first if isinstance(first, bytes) else first.encode() if isinstance(first, str) else "".join(json.dumps(r) + "\n" for r in rows).encode()
-        path.write_bytes(text)
+        text = [row if isinstance(row, (str, bytes)) else json.dumps(row) + "\n" for row in rows]
+        path.write_bytes(b"".join(row.encode() if isinstance(row, str) else row for row in text))
         return path
 
     return write
@@ -139,7 +139,7 @@ RECIPES: dict[str, tuple[str | bytes, list[str]]] = {
     "a number for a method": (HEAD + "steps: [3: {experts: 4}]", ["3"]),
     "nothing for a method": (HEAD + "steps: [null]", ["steps.0"]),
     "a list for a key": (HEAD + STEP + "? [a, b]\n: 3\n", []),
-    "brackets without end": (HEAD + "steps: " + "[" * 5000, []),
+    "brackets without end": (HEAD + "steps: " + "[" * 1200, []),
 }
 
 
@@ -157,8 +157,8 @@ def test_check_finds_what_run_finds(recipe: Callable[..., Path], refuse: Refuse,
 
 @pytest.mark.parametrize("assignment, words", [
     ("seed", ["--set seed", "'='"]), ("sede=3", ["sede", "did you mean 'seed'?"]), ("steps.7.experts=4", ["names no step", "1 step"]),
-    ("steps.0.expert=4", ["expert", "did you mean 'experts'?"]), ("steps.0.experts=[", ["not valid YAML"]), ("save.shard_size=5", ["shard_size=5"]),
-    ("steps.0.experts.deep=4", ["experts", "plain value"]),
+    ("steps.0.expert=4", ["expert", "did you mean 'experts'?"]), ("steps.0.experts=[", ["not valid YAML"]),
+    ("save.shard_size=5", ["shard_size=5"]), ("steps.0.experts.deep=4", ["experts", "plain value"]),
 ])
 def test_bad_override_is_one_sentence(recipe: Callable[..., Path], refuse: Refuse, assignment: str, words: list[str]) -> None:
     refuse("run", recipe(HEAD + STEP), "--set", assignment, words=words)
@@ -170,8 +170,10 @@ def test_missing_recipe_is_one_sentence(refuse: Refuse) -> None:
 
 # ---- the command itself ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("argv, words", [
-    (["--exprts", "4"], ["--exprts", "--experts"]), (["--seed", "x"], ["--seed"]), (["--save", "shard_sise=3000000"], ["save.shard_sise", "did you mean 'shard_size'?"]),
-    (["--router-std", "wide"], ["router_std='wide'", "number"]), (["--target", "mixtrall"], ["target='mixtrall'", "did you mean 'mixtral'?"]),
+    (["--exprts", "4"], ["--exprts", "--experts"]), (["--seed", "x"], ["--seed"]),
+    (["--router-std", "wide"], ["router_std='wide'", "number"]),
+    (["--save", "shard_sise=3000000"], ["save.shard_sise", "did you mean 'shard_size'?"]),
+    (["--target", "mixtrall"], ["target='mixtrall'", "did you mean 'mixtral'?"]),
     (["--prompts", "[a"], ["--prompts", "not valid YAML"]), (["--top-k"], ["--top-k"]), (["extra"], ["extra"]),
 ])
 def test_bad_option_is_one_sentence(tiny: Tiny, refuse: Refuse, argv: list[str], words: list[str]) -> None:
@@ -211,7 +213,7 @@ def pickle(folder: Path) -> None:
 
 def remote(folder: Path) -> None:
     config(auto_map={"AutoModelForCausalLM": "modeling_evil.Evil"})(folder)
-    (folder / "modeling_evil.py").write_text("open('room/evil', 'w')")
+    (folder / "modeling_evil.py").write_text("open('evil', 'w')")
 
 
 def no_offsets(folder: Path) -> None:
@@ -260,9 +262,9 @@ def test_damaged_index_is_one_sentence(spoilt: Callable[..., Path], refuse: Refu
     refuse(*upcycle(folder), words=["model.safetensors.index.json"])
 
 
-@pytest.mark.parametrize("base, words", [("./nowhere", ["nowhere"]), ("/nowhere/at/all", ["/nowhere/at/all"]), ("nobody/nothing-at-all", ["nobody/nothing-at-all"])])
-def test_missing_base_is_one_sentence(refuse: Refuse, base: str, words: list[str]) -> None:
-    refuse(*upcycle(base), words=words)
+@pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all", "nobody/nothing-at-all"])
+def test_missing_base_is_one_sentence(refuse: Refuse, base: str) -> None:
+    refuse(*upcycle(base), words=[base.removeprefix("./")])
 
 
 def test_file_for_a_base_is_one_sentence(tiny: Tiny, refuse: Refuse) -> None:
@@ -273,10 +275,13 @@ def test_more_experts_per_token_than_experts_is_one_sentence(tiny: Tiny, refuse:
     refuse(*upcycle(tiny("llama"), "--top-k", "5"), words=["top_k=5", "4 experts"])
 
 
-@pytest.mark.parametrize("kind, word", [("gpt2", "no gate"), ("gpt_neox", "no gate"), ("opt", "no gate"), ("mixtral", "mixture of experts already"),
-                                        ("gemma2", "norms what attention"), ("t5_v1_1", "encoder"), ("bert", "encoder")])
-def test_model_that_no_stock_mixture_holds_is_refused_with_the_reason(tiny: Tiny, refuse: Refuse, kind: str, word: str) -> None:
-    refuse(*upcycle(tiny(kind)), words=["because" if kind != "mixtral" else "", word])
+@pytest.mark.parametrize("kind, reason", [
+    ("gpt2", "because its feed-forward part has no gate"), ("gpt_neox", "because its feed-forward part has no gate"),
+    ("opt", "because its feed-forward part has no gate"), ("gemma2", "because it norms what attention"), ("t5_v1_1", "has an encoder"),
+    ("bert", "has an encoder"), ("mixtral", "is a mixture of experts already"),
+])
+def test_model_that_no_stock_mixture_holds_is_refused_with_the_reason(tiny: Tiny, refuse: Refuse, kind: str, reason: str) -> None:
+    refuse(*upcycle(tiny(kind)), words=[FAMILIES[kind][1].__name__, reason])
 
 
 def test_target_that_is_not_exact_is_refused_with_those_that_are(tiny: Tiny, refuse: Refuse) -> None:
@@ -296,13 +301,13 @@ def test_mixing_nothing_is_one_sentence(tiny: Tiny, refuse: Refuse) -> None:
     refuse(*upcycle(tiny("llama"), "--method", "btx"), words=["others"])
 
 
-@pytest.mark.parametrize("how", ["upcycle", "structure", "tune"])
+@pytest.mark.parametrize("how", ["upcycle", "tune"])
 def test_tokenizer_with_more_tokens_than_the_model_is_one_sentence(tiny: Tiny, stories: Path, tmp_path: Path, refuse: Refuse,
                                                                    data: Callable[..., Path], how: str) -> None:
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "mixed"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(stories / name, folder / name)
-    argv = tune(folder, data("x.txt", "Once upon a time")) if how == "tune" else upcycle(folder, *(["--save", "certificate=structure"] if how == "structure" else []))
+    argv = tune(folder, data("x.txt", "Once upon a time")) if how == "tune" else upcycle(folder)
     refuse(*argv, words=["the tokenizer", str(folder), "511", "96 embeddings"])
 
 

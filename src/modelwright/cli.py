@@ -222,8 +222,11 @@ def list_(as_json: Json = False) -> None:
 @app.command()
 def show(name: Annotated[str, typer.Argument(help="A method, such as reshape.upcycle, or a ready recipe.")], as_json: Json = False) -> None:
     """Show a method: paper, differences, knobs; or a ready recipe."""
-    if name in recipes.ready_recipes():
-        typer.echo(recipes.ready_recipes()[name].read_text())
+    if ready := recipes.ready_recipes().get(name):
+        if as_json:
+            _print_json(recipes.read(name).plain())
+        else:
+            typer.echo(ready.read_text())
         return
     e = registry.entry(name)
     knobs = registry.knobs(e)

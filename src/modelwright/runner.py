@@ -17,9 +17,9 @@ from typing import Any
 
 from modelwright import registry
 from modelwright.core.certificate import Certificate, certify, logits_of, probe_ids
-from modelwright.core.checkpoint import Checkpoint, fingerprint, versions
+from modelwright.core.checkpoint import Checkpoint, fingerprint, fingerprint_path, versions
 from modelwright.core.errors import UserError
-from modelwright.core.knobs import Data, plain
+from modelwright.core.knobs import Data, paths, plain
 from modelwright.core.progress import Progress, Silent
 from modelwright.core.report import Report
 from modelwright.core.writer import Blueprint, Built, disk_errors, staging, write_card, write_lineage, write_model, write_tensors
@@ -112,7 +112,9 @@ def _run_steps(r: _Run, to: Path) -> Result:
         r.history = (source.lineage or {}).get("steps", [])
     key = recipe.base or ""
     for i, step in enumerate(recipe.steps):
-        key = _key(key, step, recipe.seed, r)
+        inputs = _inputs(step, r)
+        text = json.dumps([key, step.entry.name, plain(step.knobs), recipe.seed, inputs], sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()
         folder = r.work / f"{i}-{step.entry.name}"
         if (folder / "done.json").is_file() and json.loads((folder / "done.json").read_text())["key"] == key:
             entry = json.loads((folder / "done.json").read_text())
@@ -128,6 +130,7 @@ def _run_steps(r: _Run, to: Path) -> Result:
                 "key": key,
                 "seed": recipe.seed,
                 "knobs": plain(step.knobs),
+                "inputs": inputs,
                 "seconds": round(time.perf_counter() - began, 2),
             }
             _write_json(folder / "done.json", entry)
@@ -141,11 +144,14 @@ def _run_steps(r: _Run, to: Path) -> Result:
     return result
 
 
-def _key(before: str, step: Step, seed: int, r: _Run) -> str:
-    inputs = [fingerprint(r.checkpoint / "config.json", *sorted(r.checkpoint.glob("*.safetensors")))] if r.checkpoint else []
-    inputs += [fingerprint(r.dataset)] if r.dataset else []
-    text = json.dumps([before, step.entry.name, plain(step.knobs), seed, inputs], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _inputs(step: Step, r: _Run) -> dict[str, str]:
+    """Fingerprints of everything that a step reads."""
+    found = {str(p): fingerprint_path(p) for p in paths(step.knobs)}
+    if r.checkpoint and "checkpoint" in step.entry.takes:
+        found["checkpoint"] = Checkpoint(r.checkpoint).fingerprint()
+    if r.dataset and "dataset" in step.entry.takes:
+        found["dataset"] = fingerprint(r.dataset)
+    return found
 
 
 def _publish(r: _Run, result: Result, to: Path) -> None:
@@ -223,6 +229,7 @@ def _reshape(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
         else:
             with r.progress.task(f"{step.entry.name}: write"):
                 write_model(made, part, save.shard_size)
+            _same_when_reloaded(made.model, Checkpoint(part, incomplete=True))
         entry: dict[str, Any] = {"facts": made.facts}
         with r.progress.task(f"{step.entry.name}: certify"):
             after = Checkpoint(part, incomplete=True)
@@ -281,10 +288,7 @@ def _tune(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
         write_model(Built(model, None, source), part, r.recipe.save.shard_size)
         with r.progress.task(f"{step.entry.name}: certify"):
             after = Checkpoint(part, incomplete=True)
-            ids = probe_ids(source)[0]
-            drift = float((logits_of(model, ids) - logits_of(after.model(), ids)).abs().max())
-            if drift > 1e-3:
-                raise RuntimeError(f"the saved model differs from the trained one by {drift:.1e} in its logits")
+            drift = _same_when_reloaded(model, after)
             certificate = certify(source, after, "trained", mode=r.recipe.save.certificate)
     for state in folder.glob("checkpoint-*"):
         shutil.rmtree(state)
@@ -301,6 +305,15 @@ def _tune(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
         "liveness": outcome.liveness,
         "certificate": certificate.plain(),
     }
+
+
+def _same_when_reloaded(model: Any, saved: Checkpoint) -> float:
+    """The largest logit difference between a model in memory and what a fresh object loads from disk; raises when it is real."""
+    ids = probe_ids(saved)[0]
+    drift = float((logits_of(model, ids) - logits_of(saved.model(model.dtype).to(model.device), ids)).abs().max())
+    if not drift <= 1e-3:
+        raise RuntimeError(f"the saved model differs from the one in memory by {drift:.1e} in its logits")
+    return drift
 
 
 def _with_dataset(r: _Run, knobs: Any) -> Any:

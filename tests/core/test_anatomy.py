@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from families import FAMILIES, model_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
 
+from families import FAMILIES, model_of
 from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
 from modelwright.core.hooks import capture, patch
@@ -20,7 +20,8 @@ KINDS = list(FAMILIES)
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
 DENSE = [k for k in KINDS if k not in MIXTURES]
 GATED = ["llama", "mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3", "phi3", "t5_v1_1"]
-FUSED = {"phi3": "model.layers.0.self_attn.qkv_proj", "gpt2": "transformer.h.0.attn.c_attn", "gpt_neox": "gpt_neox.layers.0.attention.query_key_value"}
+FUSED = {"phi3": "model.layers.0.self_attn.qkv_proj", "gpt2": "transformer.h.0.attn.c_attn",
+         "gpt_neox": "gpt_neox.layers.0.attention.query_key_value"}
 ENCODERS = ("t5", "t5_v1_1", "bert")
 
 
@@ -88,15 +89,18 @@ def test_missing_block_is_refused() -> None:
 
 
 @pytest.mark.parametrize("kind, path, role", [
-    ("llama", "model.layers.0.post_attention_layernorm", "norm.ffn"), ("gemma2", "model.layers.0.post_attention_layernorm", "norm.attn_post"),
-    ("gemma2", "model.layers.0.pre_feedforward_layernorm", "norm.ffn"), ("gemma3", "model.layers.0.post_feedforward_layernorm", "norm.ffn_post"),
+    ("llama", "model.layers.0.post_attention_layernorm", "norm.ffn"), ("gemma2", "model.layers.0.pre_feedforward_layernorm", "norm.ffn"),
+    ("gemma2", "model.layers.0.post_attention_layernorm", "norm.attn_post"),
+    ("gemma3", "model.layers.0.post_feedforward_layernorm", "norm.ffn_post"),
     ("opt", "model.decoder.layers.0.final_layer_norm", "norm.ffn"), ("opt", "model.decoder.final_layer_norm", "norm.final"),
     ("opt", "model.decoder.layers.0.self_attn_layer_norm", "norm.attn"), ("gpt_neox", "gpt_neox.final_layer_norm", "norm.final"),
     ("t5", "decoder.block.1.layer.1.layer_norm", "norm.cross"), ("t5", "decoder.block.1.layer.2.layer_norm", "norm.ffn"),
     ("t5", "encoder.block.1.layer.1.layer_norm", "norm.ffn"), ("t5", "encoder.final_layer_norm", "norm.final"),
-    ("bert", "bert.encoder.layer.0.output.LayerNorm", "norm.ffn_post"), ("bert", "bert.encoder.layer.0.attention.output.LayerNorm", "norm.attn_post"),
+    ("bert", "bert.encoder.layer.0.output.LayerNorm", "norm.ffn_post"),
+    ("bert", "bert.encoder.layer.0.attention.output.LayerNorm", "norm.attn_post"),
     ("bert", "bert.encoder.layer.0.attention.output.dense", "attn.o"), ("bert", "bert.encoder.layer.0.output.dense", "ffn.down"),
-    ("gpt2", "transformer.h.0.attn.c_proj", "attn.o"), ("gpt2", "transformer.h.0.mlp.c_proj", "ffn.down"), ("gpt2", "transformer.wpe", "position"),
+    ("gpt2", "transformer.h.0.attn.c_proj", "attn.o"), ("gpt2", "transformer.h.0.mlp.c_proj", "ffn.down"),
+    ("gpt2", "transformer.wpe", "position"),
     ("t5", "decoder.block.0.layer.1.EncDecAttention.k", "cross.k"), ("opt", "model.decoder.project_in", "embed.in"),
     ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate", "shared.router"), ("qwen2_moe", "model.layers.0.mlp.gate", "router"),
     ("granitemoe", "model.layers.0.block_sparse_moe.router", "router"),
@@ -370,9 +374,10 @@ def no_blocks(layer: Any, model: Any) -> None:
 
 
 @pytest.mark.parametrize("change, words", [
-    (wobble, (r"LlamaForCausalLM", r"model\.layers\.1\.wobble", r"\(3, 5\)")), (no_ffn, ("feed-forward", r"model\.layers\.1 was not found")),
-    (no_down, ("feed-forward", r"model\.layers\.1 was not found")), (no_attention, ("attention", r"model\.layers\.1 was not found")),
-    (no_values, ("attention", r"model\.layers\.1 was not found")), (misfit, (r"model\.layers\.1", "48", "47")), (no_blocks, ("LlamaForCausalLM", "no blocks")),
+    (wobble, (r"LlamaForCausalLM", r"model\.layers\.1\.wobble", r"\(3, 5\)")),
+    (no_ffn, ("feed-forward", r"model\.layers\.1 was not found")), (no_down, ("feed-forward", r"model\.layers\.1 was not found")),
+    (no_attention, ("attention", r"model\.layers\.1 was not found")), (no_values, ("attention", r"model\.layers\.1 was not found")),
+    (misfit, (r"model\.layers\.1", "48", "47")), (no_blocks, ("LlamaForCausalLM", "no blocks")),
 ])
 def test_unknown_architecture_names_what_was_not_found(change: Any, words: tuple[str, ...]) -> None:
     model = model_of("llama", device="meta")

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES
 from safetensors.torch import load_file, save_file
 
+from families import FAMILIES
 from modelwright.core.checkpoint import Checkpoint, config_of, disk_shapes, model_class, read_header, require_finite
 from modelwright.core.errors import UserError
 
@@ -127,8 +127,9 @@ def test_disk_shapes_are_what_save_pretrained_writes(tiny: Tiny, kind: str) -> N
 
 
 @pytest.mark.parametrize("kind, changes", [
-    ("llama", {"tie_word_embeddings": True}), ("gpt2", {"tie_word_embeddings": False}), ("mixtral", {"tie_word_embeddings": True, "num_local_experts": 7}),
-    ("qwen2_moe", {"mlp_only_layers": [0]}), ("qwen3_moe", {"attention_bias": True, "num_experts": 11}), ("granitemoe", {"tie_word_embeddings": True}),
+    ("llama", {"tie_word_embeddings": True}), ("gpt2", {"tie_word_embeddings": False}), ("granitemoe", {"tie_word_embeddings": True}),
+    ("mixtral", {"tie_word_embeddings": True, "num_local_experts": 7}), ("qwen2_moe", {"mlp_only_layers": [0]}),
+    ("qwen3_moe", {"attention_bias": True, "num_experts": 11}),
 ])
 def test_disk_shapes_follow_the_config(tiny: Tiny, kind: str, changes: dict[str, Any]) -> None:
     checkpoint = Checkpoint(tiny(kind, **changes))
@@ -376,9 +377,9 @@ def test_unknown_model_type_is_refused(folder: Path, kind: Any) -> None:
 
 
 @pytest.mark.parametrize("changes, word", [
-    ({"num_hidden_layers": "two"}, "num_hidden_layers"), ({"rms_norm_eps": "x"}, "rms_norm_eps"), ({"num_key_value_heads": 0}, ""), ({"hidden_size": 33}, "33"),
-    ({"vocab_size": -5}, ""), ({"hidden_act": "wobble"}, "wobble"), ({"rope_parameters": {"rope_type": "wobble"}}, "wobble"), ({"head_dim": 7}, "7"),
-    ({"dtype": "float99"}, "float99"), ({"architectures": ["pipeline"]}, ""),
+    ({"num_hidden_layers": "two"}, "num_hidden_layers"), ({"rms_norm_eps": "x"}, "rms_norm_eps"), ({"num_key_value_heads": 0}, ""),
+    ({"hidden_size": 33}, "33"), ({"head_dim": 7}, "7"), ({"vocab_size": -5}, ""), ({"hidden_act": "wobble"}, "wobble"),
+    ({"rope_parameters": {"rope_type": "wobble"}}, "wobble"), ({"dtype": "float99"}, "float99"), ({"architectures": ["pipeline"]}, ""),
 ])
 def test_config_that_makes_no_model_is_refused(folder: Path, changes: dict[str, Any], word: str) -> None:
     edit_config(folder, **changes)
@@ -394,7 +395,8 @@ def test_quantized_checkpoint_is_refused(folder: Path) -> None:
     sentence(caught, str(folder))
 
 
-@pytest.mark.parametrize("name, text", [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]")])
+@pytest.mark.parametrize("name, text", [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{"),
+                                        ("tokenizer_config.json", "[]")])
 def test_damaged_tokenizer_is_refused(stories: Path, tmp_path: Path, name: str, text: str) -> None:
     for path in stories.iterdir():
         shutil.copyfile(path, tmp_path / path.name)

@@ -176,7 +176,9 @@ def test_only_what_the_assistant_says_is_learnt(name: str, words: Any) -> None:
     ids, mask = render_chat(words, chat)
     assert ids == words.apply_chat_template(chat, return_dict=False) and len(mask) == len(ids)
     learnt = words.decode([i for i, m in zip(ids, mask, strict=True) if m]).split()
-    assert learnt == [w for m in chat if m["role"] == "assistant" for w in [*m["content"].split(), "<end>"]]
+    said = [[*m["content"].split(), "<end>"] for m in chat if m["role"] == "assistant"]
+    want = [sum(said, [])] + ([sum(said[1:], [])] if chat[0]["role"] == "assistant" else [])  # an opening that answers nothing may be left out
+    assert learnt in want
 
 
 def test_masks_of_chats_reach_the_labels(words: Any) -> None:
@@ -221,13 +223,13 @@ def test_message_without_role_or_content_is_refused(message: dict[str, str], wor
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-TABLE: dict[str, list[Any]] = {"text": ["one\nline", "two, three", "größer"], "extra": ["x", "y", "z"]}
+TABLE: dict[str, list[Any]] = {"text": ["one\nline", "two, \"three\"", "größer\u2028than"], "extra": ["x", "y", "z"]}
 
 
 def write(table: dict[str, list[Any]], file: Path) -> Path:
     rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
     if file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+        file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     elif file.suffix == ".json":
         file.write_text(json.dumps(rows), encoding="utf-8")
     elif file.suffix == ".csv":
@@ -280,7 +282,7 @@ def test_document_longer_than_a_read_block_is_read(ending: str, tmp_path: Path) 
     assert read(Data(str(write({"text": ["short", long, "short"]}, tmp_path / f"t{ending}")))) == ["short", long, "short"]
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".csv"])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".parquet"])
 def test_text_that_looks_like_a_date_stays_text(ending: str, tmp_path: Path) -> None:
     dates = ["2020-01-31", "2021-12-01"]
     assert read(Data(str(write({"text": dates}, tmp_path / f"t{ending}")))) == dates

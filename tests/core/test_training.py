@@ -128,12 +128,13 @@ class Watch(Technique):
 # ---- loss terms ------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("ragged", [False, True])
 def test_accumulation_equals_one_large_batch(ragged: bool, tmp_path: Path) -> None:
-    data, seen = rows(20, ragged=ragged), {}
+    data, seen, steps = rows(20, ragged=ragged), {}, set()
     for batch, accumulate in ((8, 1), (2, 4), (1, 8)):
         watch = Watch()
         out = go(tmp_path / f"{batch}", watch, data=data, batch=batch, accumulate=accumulate, epochs=2, lr=3e-3, evals=False)
-        assert out.steps == 5
+        steps.add(out.steps)
         seen[batch] = watch.first, weights(out.model)
+    assert len(steps) == 1
     for small in (2, 1):
         assert apart(seen[small][0], seen[8][0]) <= 1e-5
         assert apart(seen[small][1], seen[8][1]) <= 1e-5
@@ -310,6 +311,18 @@ def test_attachment_selector_and_data_policy_take_effect(tmp_path: Path) -> None
     out = go(tmp_path, Three(), epochs=1)
     moved = {n for n, p in weights(out.model).items() if n != "extra" and not torch.equal(p, weights(model())[n])}
     assert out.steps == 2 and moved == {f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)} and hasattr(out.model, "extra")
+
+
+@pytest.mark.parametrize("technique", [Technique, lambda: lora.Lora(lora.Knobs())], ids=["full", "lora"])
+def test_recomputed_activations_change_nothing(technique: Any, tmp_path: Path) -> None:
+    seen: dict[bool, tuple[int, dict[str, Tensor]]] = {}
+    for again in (False, True):
+        m, calls = model(), []
+        m.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs, calls=calls: calls.append(module.training))
+        out = go(tmp_path / str(again), technique(), of=m, tokens=BUDGET, gradient_checkpointing=again)
+        seen[again] = sum(calls), weights(out.model)
+    assert seen[False][0] == STEPS and seen[True][0] == 2 * STEPS
+    assert apart(seen[True][1], seen[False][1]) <= 1e-6
 
 
 # ---- budgets, bounds, evaluation -------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import model_of
 from safetensors.torch import load_file
 
+from families import model_of
 from modelwright.core import writer
 from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
@@ -144,7 +144,8 @@ def test_killed_before_any_step_on_disk_leaves_nothing_or_everything(stories: Pa
     for i in sorted(points):
         to = tmp_path / str(i) / "out"
         to.parent.mkdir()
-        child = fork(lambda to=to, i=i: watched(lambda: upcycled(stories, to), tmp_path, lambda n: os.kill(os.getpid(), signal.SIGKILL) if n == i else None))
+        die = lambda n, i=i: os.kill(os.getpid(), signal.SIGKILL) if n == i else None  # noqa: E731
+        child = fork(lambda to=to, die=die: watched(lambda: upcycled(stories, to), tmp_path, die))
         assert ended(child) == -signal.SIGKILL
         is_absent_or_whole(to, reference)
         upcycled(stories, to)
@@ -236,7 +237,9 @@ def test_values_do_not_depend_on_the_shard_size(tiny: Tiny, tmp_path: Path, kind
         found = saved.get(name)
         assert torch.equal(found[index[0]] if index else found, tensor)
     assert {n for n, *_ in expected} == set(saved.table)
-    assert max(sum(t.nbytes for t in load_file(f).values()) for f in saved.files) <= max(shard_size, max(t.nbytes for t in saved.model().parameters()))
+    for file in saved.files:
+        sizes = [t.nbytes for t in load_file(file).values()]
+        assert len(sizes) == 1 or sum(sizes) <= shard_size
     if len(saved.files) > 1:
         index_file = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         assert index_file["metadata"]["total_size"] == sum(saved.get(n).nbytes for n in saved.table)
@@ -316,8 +319,9 @@ def negative_slice(pieces: list[Any]) -> list[Any]:
     return pieces
 
 
-@pytest.mark.parametrize("fault", [drop_last, repeat_first, other_shape, other_type, unknown_name, one_slice_twice, slice_beyond_the_end, negative_slice])
-def test_stream_that_does_not_fit_the_plan_raises_and_leaves_nothing(tiny: Tiny, tmp_path: Path, fault: Callable[[list[Any]], list[Any]]) -> None:
+@pytest.mark.parametrize("fault", [drop_last, repeat_first, other_shape, other_type, unknown_name, one_slice_twice, slice_beyond_the_end,
+                                   negative_slice])
+def test_stream_that_does_not_fit_the_plan_raises_and_leaves_nothing(tiny: Tiny, tmp_path: Path, fault: Callable[[Any], Any]) -> None:
     plan = blueprint(tiny("granite"))
     with pytest.raises((RuntimeError, KeyError)):
         save(replace(plan, stream=lambda: fault(list(plan.stream()))), tmp_path / "out")
@@ -325,7 +329,7 @@ def test_stream_that_does_not_fit_the_plan_raises_and_leaves_nothing(tiny: Tiny,
 
 
 @pytest.mark.parametrize("change", [lambda d: d | {"wobble": torch.float32}, lambda d: dict(list(d.items())[1:])])
-def test_names_that_the_stock_class_does_not_have_raise(tiny: Tiny, tmp_path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def test_names_that_the_stock_class_does_not_have_raise(tiny: Tiny, tmp_path: Path, change: Callable[[Any], Any]) -> None:
     plan = blueprint(tiny("llama"))
     with pytest.raises(RuntimeError, match="disagree"):
         save(replace(plan, dtypes=change(plan.dtypes)), tmp_path / "out")
@@ -363,7 +367,8 @@ def test_target_that_exists_is_refused_and_untouched(tiny: Tiny, tmp_path: Path,
 
 
 @pytest.mark.parametrize("way", ["staging", "run"])
-@pytest.mark.parametrize("path", ["file/out", "file/deep/out", "n" * 252, "n" * 300], ids=["below a file", "deep below a file", "name too long for staging", "name too long"])
+@pytest.mark.parametrize("path", ["file/out", "file/deep/out", "n" * 252, "n" * 300],
+                         ids=["below a file", "deep below a file", "name too long for staging", "name too long"])
 def test_target_that_cannot_be_written_is_refused(tiny: Tiny, tmp_path: Path, way: str, path: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError) as caught:
@@ -446,7 +451,8 @@ def test_real_small_disk_is_seen_before_writing(tiny: Tiny, small_disk: Callable
 
 
 @pytest.mark.parametrize("size", [4_096, 65_536, *range(172_032, 250_000, 8_192)])
-def test_real_disk_that_another_process_fills_leaves_nothing(tiny: Tiny, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_real_disk_that_another_process_fills_leaves_nothing(tiny: Tiny, small_disk: Callable[[int], Path],
+                                                             monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """The space was there when it was asked for; the result needs about 220 kB, so it runs out at another file each time."""
     disk = small_disk(size)
     pretend(monkeypatch, 10**12)

@@ -310,6 +310,11 @@ def fingerprint(*files: Path) -> str:
     return ("sha256-sampled:" if sampled else "sha256:") + digest.hexdigest()
 
 
+def fingerprint_path(path: Path) -> str:
+    """The fingerprint of a file, or of the files of a folder."""
+    return fingerprint(*(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]))
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     names = ("modelwright", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")

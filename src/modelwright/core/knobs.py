@@ -188,6 +188,20 @@ def plain(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
+def paths(settings: Any) -> list[Path]:
+    """Every file or folder that the settings name and that is there."""
+    found: list[Path] = []
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        for v in values:
+            if dataclasses.is_dataclass(v):
+                found += paths(v)
+            elif f.metadata.get("path") and isinstance(v, str) and Path(v).exists():
+                found.append(Path(v))
+    return found
+
+
 def flat(cls: Any, prefix: str = "") -> list[tuple[str, dataclasses.Field]]:
     """Every leaf setting with its dotted name; a nested dataclass gives one name per field."""
     rows = []

@@ -100,10 +100,10 @@ class Report:
         body = "".join(_section(s) for s in self.sections)
         foot = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_show(v))}</dd>" for k, v in self.facts.items())
         return (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><title>{escape(self.title)}</title><style>{_STYLE.read_text()}</style></head>'
-            f"<body><main>"
-            f'<header><p class="brand">modelwright</p><h1>{escape(self.title)}</h1><p>{escape(self.lead)}</p></header>{body}'
+            f'<body><main><header><p class="brand">modelwright</p><h1>{escape(self.title)}</h1><p>{escape(self.lead)}</p></header>{body}'
             f"<footer><details><summary>How this was made</summary><dl>{foot}</dl></details></footer></main></body></html>"
         )
 

@@ -1,5 +1,7 @@
 """Who is sent where: expert load of any stock mixture-of-experts model."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,19 @@ def expert_load(model: torch.nn.Module, rows: Rows, batch: int = 8) -> Tensor:
             model(input_ids=part["input_ids"].to(model.device), attention_mask=part.get("attention_mask"), use_cache=False)
     model.train(training)
     return counts / counts.sum(1, keepdim=True)
+
+
+def divergence(counts: Tensor) -> Tensor:
+    """How differently domains are routed, per layer: the Jensen-Shannon divergence in bits over the domains' load.
+
+    counts (domains, layers, E); 0 when every domain uses the experts alike, log2(domains) when none shares an expert.
+    """
+    load = counts.double() / counts.double().sum(-1, keepdim=True)
+    return _bits(load.mean(0)) - _bits(load).mean(0)
+
+
+def _bits(load: Tensor) -> Tensor:
+    return -torch.special.xlogy(load, load).sum(-1) / math.log(2)
 
 
 def max_violation(load: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ _SHARED = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act max_position_embeddings "
     "initializer_range rms_norm_eps use_cache tie_word_embeddings rope_parameters attention_dropout "
     "pad_token_id bos_token_id eos_token_id"
-).split()  # noqa: SIM905
+).split()
 _MULTIPLIERS = ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
 
 
