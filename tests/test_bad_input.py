@@ -241,7 +241,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     "a layer too many": (config(num_hidden_layers=3), ["model.layers.2."]),
     "a layer too few": (config(num_hidden_layers=1), ["model.layers.1."]),
     "a word for a number": (config(num_hidden_layers="two"), ["num_hidden_layers"]),
-    "no key-value heads": (config(num_key_value_heads=0), []),
+    "no key-value heads": (config(num_key_value_heads=0), ["llama"]),
     "more words than rows": (config(vocab_size=97), []),
     "unknown activation": (config(hidden_act="wobble"), ["wobble"]),
     "quantized": (config(quantization_config={"quant_method": "gptq", "bits": 4}), []),
@@ -253,7 +253,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 def test_bad_checkpoint_is_one_sentence(spoilt: Callable[..., Path], refuse: Refuse, fault: str) -> None:
     change, words = CHECKPOINTS[fault]
     folder = spoilt(change)
-    refuse(*upcycle(folder), words=[str(folder), *words] if fault not in ("unknown type", "a word for a number") else words)
+    of_config = fault in ("unknown type", "a word for a number", "no key-value heads", "unknown activation")
+    refuse(*upcycle(folder), words=words if of_config else [str(folder), *words])
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
@@ -364,13 +365,13 @@ def test_target_that_cannot_be_written_is_one_sentence(tiny: Tiny, room: Path, r
     refuse(*upcycle(tiny("llama"), to=to), words=["cannot write"])
 
 
-@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize("what", ["file", "config.json", "modelwright.json"])
 def test_target_that_exists_is_one_sentence(tiny: Tiny, room: Path, refuse: Refuse, what: str) -> None:
     if what == "file":
         (room / "out").write_text("mine")
     else:
         (room / "out").mkdir()
-        (room / "out" / "config.json").write_text("mine")
+        (room / "out" / what).write_text("mine")
     refuse(*upcycle(tiny("llama")), words=[str(room / "out"), "exists already"])
 
 

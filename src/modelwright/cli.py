@@ -4,7 +4,8 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -150,12 +151,23 @@ def _run(recipe: recipes.Recipe, as_json: bool, nproc: int = 1) -> None:
     from modelwright.core.progress import choose
     from modelwright.runner import run_recipe
 
-    result = run_recipe(recipe, choose(as_json))
+    with _resumable():
+        result = run_recipe(recipe, choose(as_json))
     if as_json:
         _print_json(result.plain())
     else:
         result.report.print()
         typer.echo(f"\nresult  {result.to}\nreport  {result.to / 'report.html'}")
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Ctrl-C is exit code 130 and a sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.secho("stopped; the same command continues where it was", err=True)
+        raise typer.Exit(130) from None
 
 
 def _print_json(value: Any) -> None:
@@ -309,9 +321,6 @@ def main(argv: list[str] | None = None) -> None:
             _print_json({"error": {"what": error.what, "why": error.why, "how": error.how}})
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.secho("stopped; the same command continues where it was", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from modelwright import registry
-from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import build, knob, plain, resolve
 from modelwright.registry import Entry
 
@@ -77,6 +77,8 @@ def read_yaml(text: str, where: str) -> Any:
     """Plain values from YAML text; UserError names the line that does not parse."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader subclass
+    except (TypeError, RecursionError) as error:  # a list for a key; brackets without end
+        raise UserError(f"{where} is not valid YAML", short(error)) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -86,7 +88,7 @@ def read_yaml(text: str, where: str) -> Any:
 def _split_step(item: Any, i: int) -> tuple[str, Any]:
     if isinstance(item, str):
         return item, {}
-    if isinstance(item, Mapping) and len(item) == 1:
+    if isinstance(item, Mapping) and len(item) == 1 and isinstance(next(iter(item)), str):
         return next(iter(item.items()))
     raise UserError(f"steps.{i} must be one method with its settings", f"it is {item!r}", "write '- reshape.upcycle: {experts: 4}'")
 
@@ -152,7 +154,11 @@ def read(path: str | Path, sets: list[str] | tuple[str, ...] = ()) -> Recipe:
         file = ready
     if not file.is_file():
         raise UserError(f"no recipe at {path}", how=did_you_mean(str(path), ready_recipes()))
-    raw = read_yaml(file.read_text(encoding="utf-8"), str(file))
+    try:
+        words = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is no text", "it is not UTF-8", "give a recipe in YAML") from None
+    raw = read_yaml(words, str(file))
     if isinstance(raw, dict):
         for assignment in sets:
             override(raw, assignment)
@@ -188,7 +194,7 @@ def check(recipe: Recipe) -> list[str]:
             raise UserError(f"{recipe.base} is no checkpoint", "it has no config.json", "point to a folder saved with save_pretrained")
     if recipe.save.to is None:
         return ["no 'save.to': the result goes to out/" + recipe.name]
-    if Path(recipe.save.to).exists():
+    if os.path.exists(recipe.save.to):
         return [f"{recipe.save.to} exists already: the run will stop there unless it is this recipe's own result"]
     return []
 

@@ -4,6 +4,7 @@ While it runs everything lies in `TO.run/`; at the end the last result becomes `
 steps' small artifacts inside it.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -89,19 +90,39 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None) -> Result:
     check(recipe)
     calm()
     to = Path(recipe.save.to or os.path.join("out", recipe.name))
+    work = to.with_name(to.name + ".run")
     if done := _finished(recipe, to):
+        shutil.rmtree(work, ignore_errors=True)
         return done
-    if to.exists():
+    if os.path.exists(to):  # unlike Path.exists, false for a name too long
         raise UserError(f"{to} exists already", "nothing is overwritten", "choose another folder or remove it")
-    r = _Run(recipe, to.with_name(to.name + ".run"), progress or Silent())
+    r = _Run(recipe, work, progress or Silent())
     with disk_errors(r.work):
         r.work.mkdir(parents=True, exist_ok=True)
+        lock = _lock(work)
     try:
-        return _run_steps(r, to)
+        with disk_errors(r.work):
+            return _run_steps(r, to)
     except UserError:
         if not any(r.work.rglob("checkpoint-*")):  # nothing worth resuming: leave no trace
             shutil.rmtree(r.work, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
+
+
+def _lock(work: Path) -> int:
+    """Keep a second run out; the system lets go when the process ends, however it ends."""
+    fd = os.open(work / "process", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        other = os.read(fd, 20).decode().strip()
+        os.close(fd)
+        raise UserError(f"{work} is being written by process {other}", "one run at a time", "wait for it or stop it") from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
 
 
 def _run_steps(r: _Run, to: Path) -> Result:
@@ -175,8 +196,10 @@ def _publish(r: _Run, result: Result, to: Path) -> None:
         (small / f"{i}-{step.entry.name}").mkdir(parents=True)
         for name in ("done.json", "dynamics.parquet", "adapter"):
             source = r.work / f"{i}-{step.entry.name}" / name
-            if source.exists():
-                os.rename(source, small / f"{i}-{step.entry.name}" / name)
+            if source.is_dir():
+                shutil.copytree(source, small / f"{i}-{step.entry.name}" / name)
+            elif source.exists():
+                shutil.copyfile(source, small / f"{i}-{step.entry.name}" / name)
     shutil.rmtree(folder / "steps", ignore_errors=True)
     os.rename(small, folder / "steps")
     write_lineage(folder, lineage)
@@ -199,8 +222,10 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
 
 
 def _finished(recipe: Recipe, to: Path) -> Result | None:
-    file = to / "modelwright.json"
-    if not file.is_file() or json.loads(file.read_text()).get("recipe") != json.loads(json.dumps(_identity(recipe))):
+    try:
+        if json.loads((to / "modelwright.json").read_text())["recipe"] != json.loads(json.dumps(_identity(recipe))):
+            return None
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     result = Result(to, json.loads((to / "report.json").read_text())["steps"], Report(recipe.name))
     for entry in result.steps:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import pytest
 
-from modelwright import recipe as recipes, registry
+from modelwright import recipe as recipes
+from modelwright import registry
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import MISSING, Data, Train, build, default_of, flat, knob, number, plain, resolve, type_name
 
@@ -46,15 +47,42 @@ def made(**values: Any) -> Knobs:
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("text", "value"), [("300k", 300_000), ("1.5M", 1_500_000), ("1.5m", 1_500_000), ("2B", 2_000_000_000), ("3e-4", 3e-4), ("1e6", 1e6),
-                                             ("1_000", 1000), (" 7 ", 7), (3, 3), (0.25, 0.25), ("-2k", -2000), ("0.1k", 100)])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("300k", 300_000),
+        ("1.5M", 1_500_000),
+        ("1.5m", 1_500_000),
+        ("2B", 2_000_000_000),
+        ("3e-4", 3e-4),
+        ("1e6", 1e6),
+        ("1_000", 1000),
+        (" 7 ", 7),
+        (3, 3),
+        (0.25, 0.25),
+        ("-2k", -2000),
+        ("0.1k", 100),
+    ],
+)
 def test_numbers_are_read_as_people_write_them(text: Any, value: float) -> None:
     assert number(text) == value
 
 
-@pytest.mark.parametrize(("key", "text", "value"), [("experts", "300k", 300_000), ("experts", "1.5M", 1_500_000), ("experts", 8.0, 8), ("experts", "1e3", 1000),
-                                                    ("rate", "3e-4", 3e-4), ("rate", 1, 1.0), ("rate", "2k", 2000.0), ("limit", "2k", 2000),
-                                                    ("experts", "2.3M", 2_300_000), ("experts", "1.001k", 1001)])
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("experts", "300k", 300_000),
+        ("experts", "1.5M", 1_500_000),
+        ("experts", 8.0, 8),
+        ("experts", "1e3", 1000),
+        ("rate", "3e-4", 3e-4),
+        ("rate", 1, 1.0),
+        ("rate", "2k", 2000.0),
+        ("limit", "2k", 2000),
+        ("experts", "2.3M", 2_300_000),
+        ("experts", "1.001k", 1001),
+    ],
+)
 def test_numbers_become_the_type_of_the_setting(key: str, text: Any, value: float) -> None:
     found = getattr(made(**{key: text}), key)
     assert found == value and type(found) is type(value)
@@ -69,28 +97,74 @@ def test_bool_is_no_number(key: str, value: bool) -> None:
         number(value)
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("experts", 1.5), ("experts", "1.5"), ("experts", "many"), ("experts", ""), ("experts", "k"), ("experts", None), ("experts", [4]), ("experts", {}),
-    ("experts", "inf"), ("rate", "nan"), ("rate", float("inf")), ("rate", "1e400"), ("rate", None), ("quick", 1), ("quick", "true"), ("quick", None),
-    ("roles", "attn.q"), ("roles", {"a": 1}), ("roles", [1]), ("sizes", ["x"]), ("sizes", [True]), ("limit", "x"), ("evals", ["a"]), ("evals", "a"),
-    ("evals", {"a": 3}), ("table", {"a": "x"}), ("deep", [1]), ("word", 3), ("word", None), ("folder", 3), ("inner", 3), ("inner", [1]), ("mixed", 1.5), ("mixed", []),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("experts", 1.5),
+        ("experts", "1.5"),
+        ("experts", "many"),
+        ("experts", ""),
+        ("experts", "k"),
+        ("experts", None),
+        ("experts", [4]),
+        ("experts", {}),
+        ("experts", "inf"),
+        ("rate", "nan"),
+        ("rate", float("inf")),
+        ("rate", "1e400"),
+        ("rate", None),
+        ("quick", 1),
+        ("quick", "true"),
+        ("quick", None),
+        ("roles", "attn.q"),
+        ("roles", {"a": 1}),
+        ("roles", [1]),
+        ("sizes", ["x"]),
+        ("sizes", [True]),
+        ("limit", "x"),
+        ("evals", ["a"]),
+        ("evals", "a"),
+        ("evals", {"a": 3}),
+        ("table", {"a": "x"}),
+        ("deep", [1]),
+        ("word", 3),
+        ("word", None),
+        ("folder", 3),
+        ("inner", 3),
+        ("inner", [1]),
+        ("mixed", 1.5),
+        ("mixed", []),
+    ],
+)
 def test_value_of_another_type_is_refused_by_name(key: str, value: Any) -> None:
     with pytest.raises(UserError, match=key):
         made(**{key: value})
 
 
-@pytest.mark.parametrize(("key", "value", "where"), [("sizes", [1, "x"], r"sizes\[1\]"), ("table", {"a": "x"}, r"table\.a"), ("inner", {"share": "x"}, r"inner\.share"),
-                                                     ("evals", {"new": {"limit": "x"}}, r"evals\.new\.limit"), ("deep", [[1], ["x"]], r"deep\[1\]\[0\]")])
+@pytest.mark.parametrize(
+    ("key", "value", "where"),
+    [
+        ("sizes", [1, "x"], r"sizes\[1\]"),
+        ("table", {"a": "x"}, r"table\.a"),
+        ("inner", {"share": "x"}, r"inner\.share"),
+        ("evals", {"new": {"limit": "x"}}, r"evals\.new\.limit"),
+        ("deep", [[1], ["x"]], r"deep\[1\]\[0\]"),
+    ],
+)
 def test_wrong_value_is_named_by_its_full_path(key: str, value: Any, where: str) -> None:
     with pytest.raises(UserError, match=where):
         made(**{key: value})
 
 
 # ---- keys, bounds, choices -------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("values", "message"), [({"expert": 4}, "unknown key 'expert'; did you mean 'experts'?"),
-                                                 ({"experts": 4, "inner": {"shar": 1}}, "unknown key 'inner.shar'; did you mean 'share'?"),
-                                                 ({"experts": 4, "evals": {"a": {"colum": "x"}}}, "unknown key 'evals.a.colum'; did you mean 'column'?")])
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"expert": 4}, "unknown key 'expert'; did you mean 'experts'?"),
+        ({"experts": 4, "inner": {"shar": 1}}, "unknown key 'inner.shar'; did you mean 'share'?"),
+        ({"experts": 4, "evals": {"a": {"colum": "x"}}}, "unknown key 'evals.a.colum'; did you mean 'column'?"),
+    ],
+)
 def test_unknown_key_names_the_nearest_known_one(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as error:
         build(Knobs, values)
@@ -107,8 +181,17 @@ def test_missing_key_says_what_it_is_for() -> None:
         build(Knobs, {}, "steps.0")
 
 
-@pytest.mark.parametrize(("key", "value", "span"), [("experts", 0, "at least 1"), ("experts", "-3", "at least 1"), ("rate", -1e-9, "at least 0"), ("limit", 0, "at least 1"),
-                                                    ("inner", {"share": 1.01}, "between 0 and 1"), ("inner", {"share": -0.1}, "between 0 and 1")])
+@pytest.mark.parametrize(
+    ("key", "value", "span"),
+    [
+        ("experts", 0, "at least 1"),
+        ("experts", "-3", "at least 1"),
+        ("rate", -1e-9, "at least 0"),
+        ("limit", 0, "at least 1"),
+        ("inner", {"share": 1.01}, "between 0 and 1"),
+        ("inner", {"share": -0.1}, "between 0 and 1"),
+    ],
+)
 def test_bounds_hold(key: str, value: Any, span: str) -> None:
     with pytest.raises(UserError, match=f"out of range, because it must be {span}"):
         made(**{key: value})
@@ -156,8 +239,11 @@ def test_settings_are_frozen() -> None:
         made().experts = 5  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("get", [lambda k: k.roles, lambda k: k.evals, lambda k: k.table, lambda k: k.deep[0], lambda k: k.inner.names],
-                         ids=["list", "dict", "filled dict", "list in a list", "list in nested settings"])
+@pytest.mark.parametrize(
+    "get",
+    [lambda k: k.roles, lambda k: k.evals, lambda k: k.table, lambda k: k.deep[0], lambda k: k.inner.names],
+    ids=["list", "dict", "filled dict", "list in a list", "list in nested settings"],
+)
 def test_defaults_are_not_shared(get: Any) -> None:
     first, second = made(), made()
     before = json.dumps(get(second))
@@ -177,9 +263,24 @@ def test_values_given_are_copied() -> None:
     assert mine == {"experts": 4, "roles": ["a"], "table": {"x": 1.0}}
 
 
-FULL: dict[str, Any] = {"experts": 8, "rate": "3e-4", "quick": True, "how": 3, "roles": ["x"], "sizes": ["1k"], "limit": 9, "inner": {"share": 1, "names": []},
-                        "maybe": {"share": 0}, "evals": {"a": "/x.txt", "b": {"path": None, "split": "test"}}, "mixed": 3, "table": {"k": "1.5M"},
-                        "deep": [[3]], "folder": "/f", "folders": ["/g", "/h"], "word": "v"}
+FULL: dict[str, Any] = {
+    "experts": 8,
+    "rate": "3e-4",
+    "quick": True,
+    "how": 3,
+    "roles": ["x"],
+    "sizes": ["1k"],
+    "limit": 9,
+    "inner": {"share": 1, "names": []},
+    "maybe": {"share": 0},
+    "evals": {"a": "/x.txt", "b": {"path": None, "split": "test"}},
+    "mixed": 3,
+    "table": {"k": "1.5M"},
+    "deep": [[3]],
+    "folder": "/f",
+    "folders": ["/g", "/h"],
+    "word": "v",
+}
 
 
 @pytest.mark.parametrize("values", [{"experts": 1}, FULL])
@@ -203,25 +304,46 @@ def test_paths_are_seen_from_the_recipe(tmp_path: Path, monkeypatch: pytest.Monk
     home.mkdir()
     (tmp_path / "data").mkdir()
     (home / "rows.txt").write_text("x")
-    (home / "r.yaml").write_text("base: ../model\nsteps:\n- tune.full:\n    data: {path: rows.txt}\n    evals: {a: ../data, b: {path: ./c/../rows.txt}}\n"
-                                 "save: {to: out}\n")
+    (home / "r.yaml").write_text(
+        "base: ../model\nsteps:\n- tune.full:\n    data: {path: rows.txt}\n    evals: {a: ../data, b: {path: ./c/../rows.txt}}\n"
+        "save: {to: out}\n"
+    )
     monkeypatch.chdir("/")
     found = recipes.read(home / "r.yaml")
     knobs = found.steps[0].knobs
-    assert knobs.data.path == str(home / "rows.txt") and knobs.evals["a"].path == str(tmp_path / "data") and knobs.evals["b"].path == str(home / "rows.txt")
+    assert (
+        knobs.data.path == str(home / "rows.txt")
+        and knobs.evals["a"].path == str(tmp_path / "data")
+        and knobs.evals["b"].path == str(home / "rows.txt")
+    )
     assert found.base == str(tmp_path / "model") and found.save.to == str(home / "out")
 
 
-@pytest.mark.parametrize(("given", "want"), [("x.txt", "/root/x.txt"), ("./x", "/root/x"), ("../x", "/x"), ("a/b/c", "/root/a/b/c"), ("/abs/x", "/abs/x"),
-                                             ("org/name", "org/name"), ("name", "name"), ("a/b.jsonl", "/root/a/b.jsonl"), ("b.parquet", "/root/b.parquet"),
-                                             (None, None)])
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("x.txt", "/root/x.txt"),
+        ("./x", "/root/x"),
+        ("../x", "/x"),
+        ("a/b/c", "/root/a/b/c"),
+        ("/abs/x", "/abs/x"),
+        ("org/name", "org/name"),
+        ("name", "name"),
+        ("a/b.jsonl", "/root/a/b.jsonl"),
+        ("b.parquet", "/root/b.parquet"),
+        (None, None),
+    ],
+)
 def test_words_that_could_be_hub_ids_are_left_alone(given: Any, want: Any) -> None:
     assert resolve(given, Path("/root")) == want
 
 
 def test_hub_like_word_that_is_a_file_here_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "org" / "name").mkdir(parents=True)
-    assert resolve("org/name", tmp_path) == str(tmp_path / "org" / "name") and resolve(["org/name", "other"], tmp_path) == [str(tmp_path / "org" / "name"), "other"]
+    assert resolve("org/name", tmp_path) == str(tmp_path / "org" / "name") and resolve(["org/name", "other"], tmp_path) == [
+        str(tmp_path / "org" / "name"),
+        "other",
+    ]
     assert made_in(tmp_path, folder="org", folders=["org", "./x"]) == (str(tmp_path / "org"), [str(tmp_path / "org"), str(tmp_path / "x")])
 
 
@@ -242,12 +364,27 @@ def test_leaves_are_named_with_dots() -> None:
     assert dict(flat(Knobs))["experts"].default is MISSING and default_of(dict(flat(Knobs))["roles"]) == ["attn.q", "attn.v"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [(int, "whole number"), (float, "number"), (bool, "true or false"), (str, "text"), (int | None, "whole number"),
-                                            (list[int], "list of whole number"), (dict[str, Data], "mapping"), (Literal["a", 3], "a | 3"), (int | str, "whole number or text")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (int, "whole number"),
+        (float, "number"),
+        (bool, "true or false"),
+        (str, "text"),
+        (int | None, "whole number"),
+        (list[int], "list of whole number"),
+        (dict[str, Data], "mapping"),
+        (Literal["a", 3], "a | 3"),
+        (int | str, "whole number or text"),
+    ],
+)
 def test_types_are_named_as_people_say_them(kind: Any, name: str) -> None:
     assert type_name(kind) == name
 
 
 def test_settings_are_checked_without_torch() -> None:
-    code = "import sys; from modelwright import registry; [registry.knobs(e) for e in registry.ENTRIES]; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys; from modelwright import registry; [registry.knobs(e) for e in registry.ENTRIES]; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False).returncode == 0

@@ -16,7 +16,6 @@ from modelwright.core.recorder import SCHEMA, Meter, Recorder, read_dynamics
 from modelwright.core.text import IGNORE, Rows
 from modelwright.core.training import Outcome, Technique, evaluate_rows, fit
 
-
 GLOB = glob.glob
 
 
@@ -29,7 +28,7 @@ def counted(monkeypatch: pytest.MonkeyPatch, files: list[str]) -> None:
 def _no_counters(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the machine lets itself be asked must not decide a test."""
     counted(monkeypatch, [])
-    monkeypatch.setattr(Meter, "_nvidia", staticmethod(lambda: []))
+    monkeypatch.setattr(Meter, "_nvidia", staticmethod(list))
 
 
 def rows() -> Rows:
@@ -47,7 +46,9 @@ def trained(folder: Path, **train: Any) -> tuple[Outcome, list[dict[str, Any]]]:
     from families import model_of
 
     knobs = Train(**{"batch": 2, "accumulate": 2, "epochs": 2.0, "lr": 1e-2, "warmup": 0.4, "save_every": 2, **train})
-    out = fit(model_of("llama"), rows(), knobs, techniques=[Technique()], evals={"new": rows(), "part": rows().split(3)[0]}, folder=folder, seed=0)
+    out = fit(
+        model_of("llama"), rows(), knobs, techniques=[Technique()], evals={"new": rows(), "part": rows().split(3)[0]}, folder=folder, seed=0
+    )
     assert out.dynamics
     return out, parquet.read_table(out.dynamics).to_pylist()
 
@@ -81,10 +82,10 @@ def test_first_step_has_the_losses_of_the_untrained_model(tmp_path: Path) -> Non
 
 
 def test_learning_rate_is_the_one_that_the_step_used(tmp_path: Path) -> None:
-    out, table = trained(tmp_path, tokens=rows().tokens * 2)  # 5 steps, the first 2 of them rising
-    assert out.steps == 5
-    want = [0.0, 0.5e-2, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3]
-    for step in range(1, 6):
+    out, table = trained(tmp_path, epochs=2.0)  # 6 steps, the first 2 of them rising
+    assert out.steps == 6
+    want = [0.0, 0.5e-2, 1e-2, 0.75e-2, 0.5e-2, 0.25e-2]
+    for step in range(1, 7):
         assert {round(r["lr"], 7) for r in table if r["kind"] == "train" and r["step"] == step} == {round(want[step - 1], 7)}
     assert all(r["lr"] is None for r in table if r["kind"] == "eval")
 
@@ -191,9 +192,27 @@ def test_sums_become_means_and_nothing_learnt_is_no_division_by_zero(tmp_path: P
     recorder.eval(7, "new", 1.25, 99)
     table = parquet.read_table(recorder.close(7)).to_pylist()
     key = {(r["kind"], r["example"]): r for r in table}
-    assert key["train", 3] == {"step": 7, "kind": "train", "name": None, "example": 3, "loss": 1.5, "tokens": 4, "lr": 0.5, "energy_j": None}
+    assert key["train", 3] == {
+        "step": 7,
+        "kind": "train",
+        "name": None,
+        "example": 3,
+        "loss": 1.5,
+        "tokens": 4,
+        "lr": 0.5,
+        "energy_j": None,
+    }
     assert (key["train", 4]["loss"], key["train", 4]["tokens"]) == (0.0, 0)
-    assert key["eval", None] == {"step": 7, "kind": "eval", "name": "new", "example": None, "loss": 1.25, "tokens": 99, "lr": None, "energy_j": None}
+    assert key["eval", None] == {
+        "step": 7,
+        "kind": "eval",
+        "name": "new",
+        "example": None,
+        "loss": 1.25,
+        "tokens": 99,
+        "lr": None,
+        "energy_j": None,
+    }
 
 
 def test_recording_holds_no_graph() -> None:

@@ -8,16 +8,37 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data
 from modelwright.core.text import IGNORE, Rows, check_vocabulary, collate, read, render_chat, tokenize
 
-WORDS = ["<unk>", "<end>", "<system>", "<user>", "<assistant>", "<think>", "sum", "of", "two", "and", "three", "is", "five", "yes", "no", "please"]
+WORDS = [
+    "<unk>",
+    "<end>",
+    "<system>",
+    "<user>",
+    "<assistant>",
+    "<think>",
+    "sum",
+    "of",
+    "two",
+    "and",
+    "three",
+    "is",
+    "five",
+    "yes",
+    "no",
+    "please",
+]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
-FORGETS = "{% for m in messages %}<{{ m.role }}> {% if loop.last or m.role != 'assistant' %}{{ m.content }}{% else %}<think>{% endif %} <end> {% endfor %}"
+FORGETS = (
+    "{% for m in messages %}<{{ m.role }}> {% if loop.last or m.role != 'assistant' %}{{ m.content }}{% else %}<think>{% endif %}"
+    " <end> {% endfor %}"
+)
 
 
 class Numbers:
@@ -177,7 +198,9 @@ def test_only_what_the_assistant_says_is_learnt(name: str, words: Any) -> None:
     assert ids == words.apply_chat_template(chat, return_dict=False) and len(mask) == len(ids)
     learnt = words.decode([i for i, m in zip(ids, mask, strict=True) if m]).split()
     said = [[*m["content"].split(), "<end>"] for m in chat if m["role"] == "assistant"]
-    want = [sum(said, [])] + ([sum(said[1:], [])] if chat[0]["role"] == "assistant" else [])  # an opening that answers nothing may be left out
+    want = [sum(said, [])] + (
+        [sum(said[1:], [])] if chat[0]["role"] == "assistant" else []
+    )  # an opening that answers nothing may be left out
     assert learnt in want
 
 
@@ -186,7 +209,9 @@ def test_masks_of_chats_reach_the_labels(words: Any) -> None:
     for i, chat in enumerate((CHATS["one turn"], CHATS["two turns"])):
         ids, mask = render_chat(words, chat)
         assert rows.ids[i, : rows.lengths[i]].tolist() == ids
-        assert rows.labels[i].tolist() == [t if m else IGNORE for t, m in zip(ids, mask, strict=True)] + [IGNORE] * (rows.ids.shape[1] - len(ids))
+        assert rows.labels[i].tolist() == [t if m else IGNORE for t, m in zip(ids, mask, strict=True)] + [IGNORE] * (
+            rows.ids.shape[1] - len(ids)
+        )
     assert rows.facts["cut at the context"] == 0 and rows.facts["documents"] == 2
 
 
@@ -216,14 +241,16 @@ def test_chat_without_a_template_is_refused() -> None:
         tokenize([CHATS["one turn"]], None, 96, 8)
 
 
-@pytest.mark.parametrize("message", [{"content": "yes"}, {"role": "user"}, {"from": "human", "value": "yes"}, {"role": "user", "text": "yes"}, {}], ids=str)
+@pytest.mark.parametrize(
+    "message", [{"content": "yes"}, {"role": "user"}, {"from": "human", "value": "yes"}, {"role": "user", "text": "yes"}, {}], ids=str
+)
 def test_message_without_role_or_content_is_refused(message: dict[str, str], words: Any) -> None:
     with pytest.raises(UserError, match="lacks role or content"):
         tokenize([[*CHATS["one turn"], message]], words, 16, 64)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
-TABLE: dict[str, list[Any]] = {"text": ["one\nline", "two, \"three\"", "größer\u2028than"], "extra": ["x", "y", "z"]}
+TABLE: dict[str, list[Any]] = {"text": ["one\nline", 'two, "three"', "größer\u2028than"], "extra": ["x", "y", "z"]}
 
 
 def write(table: dict[str, list[Any]], file: Path) -> Path:
@@ -325,12 +352,22 @@ def test_table_without_rows_is_refused(ending: str, tmp_path: Path) -> None:
         read(Data(str(write({"text": []}, tmp_path / f"t{ending}"))))
 
 
-@pytest.mark.parametrize(("name", "content"), [("t.jsonl", b'{"text": "a"}\n{"text": \n'), ("t.json", b'{"text": "a"}'), ("t.json", b"[1, 2]"),
-                                               ("t.json", b"[{]"), ("t.json", b"\xff\xfe["), ("t.parquet", b"PAR1 not"), ("t.csv", b'a,b\n1\n"2,3,4\n'),
-                                               ("t.jsonl", b'{"text": "a"}\n{"text": ["a"]}\n')])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.jsonl", b'{"text": "a"}\n{"text": \n'),
+        ("t.json", b'{"text": "a"}'),
+        ("t.json", b"[1, 2]"),
+        ("t.json", b"[{]"),
+        ("t.json", b"\xff\xfe["),
+        ("t.parquet", b"PAR1 not"),
+        ("t.csv", b'a,b\n1\n"2,3,4\n'),
+        ("t.jsonl", b'{"text": "a"}\n{"text": ["a"]}\n'),
+    ],
+)
 def test_damaged_table_is_one_sentence(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="does not parse"):
+    with pytest.raises(UserError, match="does not parse|holds lists"):
         read(Data(str(tmp_path / name)))
 
 
@@ -342,8 +379,16 @@ def test_json_with_a_list_of_texts_is_one_sentence_or_read(tmp_path: Path) -> No
         assert "does not parse" in str(error)
 
 
-@pytest.mark.parametrize(("path", "match"), [(None, "no data was given"), ("gone.txt", "no data at"), ("gone.jsonl", "no data at"), ("./gone", "no data at"),
-                                             ("/gone/away", "no data at")])
+@pytest.mark.parametrize(
+    ("path", "match"),
+    [
+        (None, "no data was given"),
+        ("gone.txt", "no data at"),
+        ("gone.jsonl", "no data at"),
+        ("./gone", "no data at"),
+        ("/gone/away", "no data at"),
+    ],
+)
 def test_missing_data_is_refused(path: str | None, match: str) -> None:
     with pytest.raises(UserError, match=match):
         read(Data(path))

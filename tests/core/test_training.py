@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from modelwright.core.training import LossTerm, Outcome, Technique, evaluate_row
 from modelwright.tune import full, lora
 
 REPEATED = ["step", "kind", "name", "example", "loss", "tokens", "lr"]  # all columns but the energy
-STEPS, BUDGET = 11, 11 * 4 * 16  # of the resumed runs: almost two passes over 21 rows, 4 rows of 16 tokens a step
+STEPS, PASSES = 11, 11 / 6  # of the resumed runs: 4 of 21 rows a step, so the sixth step of a pass has one row
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -65,17 +66,35 @@ class Fatal(Exception):
     """Stands for whatever ends a run from outside."""
 
 
-def go(folder: Path, technique: Technique | None = None, *, data: Rows | None = None, of: Any = None, stop: int | None = None, evals: bool = True,
-       tick: Callable[[int, int], None] = lambda step, of: None, **train: Any) -> Outcome:
+def go(
+    folder: Path,
+    technique: Technique | None = None,
+    *,
+    data: Rows | None = None,
+    of: Any = None,
+    stop: int | None = None,
+    evals: bool = True,
+    tick: Callable[[int, int], None] = lambda step, of: None,
+    **train: Any,
+) -> Outcome:
     """One training run of a tiny Llama; raises Fatal at step `stop`, before that step is saved."""
+
     def at(step: int, total: int) -> None:
         tick(step, total)
         if step == stop:
             raise Fatal
 
     knobs = Train(**{"batch": 4, "lr": 1e-2, "schedule": "constant", "warmup": 0.0, **train})
-    return fit(model() if of is None else of, rows() if data is None else data, knobs, techniques=[technique or Technique()],
-               evals={"new": rows(4, seed=9)} if evals else {}, folder=folder, seed=0, tick=at)
+    return fit(
+        model() if of is None else of,
+        rows() if data is None else data,
+        knobs,
+        techniques=[technique or Technique()],
+        evals={"new": rows(4, seed=9)} if evals else {},
+        folder=folder,
+        seed=0,
+        tick=at,
+    )
 
 
 def weights(of: Any) -> dict[str, Tensor]:
@@ -238,18 +257,18 @@ class Alternating(Technique):
 
 def test_state_of_a_technique_is_saved_and_restored(tmp_path: Path) -> None:
     unbroken, before, after = Alternating(), Alternating(), Alternating()
-    want = go(tmp_path / "a", unbroken, tokens=BUDGET, save_every=3, evals=False)
+    want = go(tmp_path / "a", unbroken, epochs=PASSES, save_every=3, evals=False)
     with pytest.raises(Fatal):
-        go(tmp_path / "b", before, tokens=BUDGET, save_every=3, stop=5, evals=False)
-    got = go(tmp_path / "b", after, tokens=BUDGET, save_every=3, evals=False)
+        go(tmp_path / "b", before, epochs=PASSES, save_every=3, stop=5, evals=False)
+    got = go(tmp_path / "b", after, epochs=PASSES, save_every=3, evals=False)
     assert after.turn == unbroken.turn == STEPS and torch.equal(after.mean, unbroken.mean)
     assert same(weights(got.model), weights(want.model))
     (tmp_path / "c").mkdir()
     with pytest.raises(Fatal):
-        go(tmp_path / "c", Alternating(), tokens=BUDGET, save_every=3, stop=5, evals=False)
+        go(tmp_path / "c", Alternating(), epochs=PASSES, save_every=3, stop=5, evals=False)
     amnesic = Alternating()
     amnesic.load_state_dict = lambda state: None  # type: ignore[method-assign]
-    assert not same(weights(go(tmp_path / "c", amnesic, tokens=BUDGET, save_every=3, evals=False).model), weights(want.model))
+    assert not same(weights(go(tmp_path / "c", amnesic, epochs=PASSES, save_every=3, evals=False).model), weights(want.model))
 
 
 class Zeroed(Technique):
@@ -273,7 +292,9 @@ def test_technique_that_moves_nothing_fails(technique: Technique, tmp_path: Path
         go(tmp_path, technique, epochs=1)
 
 
-@pytest.mark.parametrize("train", [{"lr": 0.0}, {"lr": 1e-2, "schedule": "linear", "warmup": 1.0, "epochs": 0.01}], ids=["lr is 0", "one step of warm-up"])
+@pytest.mark.parametrize(
+    "train", [{"lr": 0.0}, {"lr": 1e-2, "schedule": "linear", "warmup": 1.0, "epochs": 0.01}], ids=["lr is 0", "one step of warm-up"]
+)
 def test_run_whose_learning_rate_is_never_above_zero_fails(train: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises((RuntimeError, UserError)):
         go(tmp_path, **train)
@@ -281,7 +302,9 @@ def test_run_whose_learning_rate_is_never_above_zero_fails(train: dict[str, Any]
 
 def test_liveness_waits_for_the_end_of_the_first_warm_up_step(tmp_path: Path) -> None:
     out = go(tmp_path, epochs=1, schedule="linear", warmup=0.5)
-    lr = parquet.read_table(out.dynamics).filter(parquet.filters_to_expression([("step", "=", 1), ("kind", "=", "train")]))["lr"].to_pylist()
+    lr = (
+        parquet.read_table(out.dynamics).filter(parquet.filters_to_expression([("step", "=", 1), ("kind", "=", "train")]))["lr"].to_pylist()
+    )
     assert set(lr) == {0.0} and out.liveness == ["21 of 21 trained tensors moved in the first step"]
 
 
@@ -319,26 +342,40 @@ def test_recomputed_activations_change_nothing(technique: Any, tmp_path: Path) -
     for again in (False, True):
         m, calls = model(), []
         m.model.layers[0].mlp.register_forward_pre_hook(lambda module, inputs, calls=calls: calls.append(module.training))
-        out = go(tmp_path / str(again), technique(), of=m, tokens=BUDGET, gradient_checkpointing=again)
+        out = go(tmp_path / str(again), technique(), of=m, epochs=PASSES, gradient_checkpointing=again)
         seen[again] = sum(calls), weights(out.model)
     assert seen[False][0] == STEPS and seen[True][0] == 2 * STEPS
     assert apart(seen[True][1], seen[False][1]) <= 1e-6
 
 
 # ---- budgets, bounds, evaluation -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("train", "steps"), [({"epochs": 1.0}, 6), ({"epochs": 0.5}, 3), ({"epochs": 0.01}, 1), ({"epochs": 1.0, "accumulate": 2}, 3),
-                                              ({"tokens": 16 * 4 * 3}, 3), ({"tokens": 16 * 4 * 3 + 1}, 4), ({"tokens": 1, "epochs": 9.0}, 1)])
-def test_steps_follow_the_budget(train: dict[str, Any], steps: int) -> None:
+@pytest.mark.parametrize(
+    ("train", "steps"),
+    [
+        ({"epochs": 1.0}, 6),
+        ({"epochs": 0.5}, 3),
+        ({"epochs": 0.01}, 1),
+        ({"epochs": 1.0, "accumulate": 2}, 3),
+        ({"tokens": 3 * 64}, 3),
+        ({"tokens": 3 * 64 + 1}, 4),
+        ({"tokens": 336}, 6),  # one pass
+        ({"tokens": 336 + 64}, 7),
+        ({"tokens": 336 + 65}, 8),
+        ({"tokens": 336 + 5 * 64}, 11),
+        ({"tokens": 1, "epochs": 9.0}, 1),
+    ],
+)
+def test_budget_is_reached_with_no_step_to_spare(train: dict[str, Any], steps: int) -> None:
     assert steps_for(rows(), Train(batch=4, **train)) == steps
 
 
 def test_token_budget_leaves_padding_out() -> None:
     short = rows()
     short.lengths = torch.full((21,), 8)
-    assert steps_for(short, Train(batch=4, tokens=16 * 4 * 3)) == 6
+    assert steps_for(short, Train(batch=4, tokens=3 * 64)) == 7  # a pass of 168 tokens, and 24 more of 32 a step
 
 
-@pytest.mark.parametrize("budget", [{"epochs": 2.0}, {"tokens": BUDGET}, {"epochs": 1.0, "accumulate": 3}])
+@pytest.mark.parametrize("budget", [{"epochs": 2.0}, {"tokens": 336 + 5 * 64}, {"epochs": 1.0, "accumulate": 3}])
 def test_tokens_of_the_outcome_are_those_that_were_seen(budget: dict[str, Any], tmp_path: Path) -> None:
     out = go(tmp_path, evals=False, **budget)
     assert out.tokens == 16 * parquet.read_table(out.dynamics).num_rows
@@ -349,7 +386,9 @@ def test_bits_per_byte_is_the_loss_over_the_bytes_of_the_text() -> None:
     data.bytes = 123
     found = evaluate_rows(m, data, 2)
     with torch.no_grad():
-        nats = torch.nn.functional.cross_entropy(m(input_ids=data.ids.long()).logits[:, :-1].flatten(0, 1), data.ids[:, 1:].flatten().long())
+        nats = torch.nn.functional.cross_entropy(
+            m(input_ids=data.ids.long()).logits[:, :-1].flatten(0, 1), data.ids[:, 1:].flatten().long()
+        )
     assert found["loss"] == pytest.approx(float(nats), abs=1e-5) and found["tokens"] == 75
     assert found["bits_per_byte"] == pytest.approx(float(nats) / math.log(2) * 80 / 123, abs=1e-5)
 
@@ -361,7 +400,7 @@ def test_evaluation_leaves_the_training_mode_and_needs_no_dropout() -> None:
 
 
 def test_evaluations_are_at_the_start_the_end_and_the_asked_steps(tmp_path: Path) -> None:
-    out = go(tmp_path, tokens=BUDGET, eval_every=4)
+    out = go(tmp_path, epochs=PASSES, eval_every=4)
     assert [e["step"] for e in out.evals] == [0, 4, 8, STEPS]
     assert out.at("new", last=False)["step"] == 0 and out.at("new")["step"] == STEPS
     assert out.at("new")["loss"] == pytest.approx(evaluate_rows(out.model, rows(4, seed=9), 4)["loss"], abs=1e-6)
@@ -391,7 +430,16 @@ CASES = [("full", {}, 1), ("full", {}, 2), ("lora", {"dropout": 0.3}, 1), ("lora
 def resumable(case: tuple[str, dict[str, Any], int], folder: Path, **more: Any) -> Outcome:
     name, knobs, accumulate = case
     technique = full.Full(full.Knobs()) if name == "full" else lora.Lora(lora.Knobs(**knobs))
-    return go(folder, technique, of=model(attention_dropout=0.2), batch=4 // accumulate, accumulate=accumulate, tokens=BUDGET, save_every=2, **more)
+    return go(
+        folder,
+        technique,
+        of=model(attention_dropout=0.2),
+        batch=4 // accumulate,
+        accumulate=accumulate,
+        epochs=PASSES,
+        save_every=2,
+        **more,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +457,9 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[di
 
 @pytest.mark.parametrize("stop", [1, 7, 10])  # before the first state, just after a pass ended, in the middle of one
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}, {c[2]} x {4 // c[2]}")
-def test_resumed_run_is_bit_equal_to_the_unbroken_one(case: tuple[str, dict[str, Any], int], stop: int, unbroken: Any, tmp_path: Path) -> None:
+def test_resumed_run_is_bit_equal_to_the_unbroken_one(
+    case: tuple[str, dict[str, Any], int], stop: int, unbroken: Any, tmp_path: Path
+) -> None:
     want, outcome = unbroken(case)
     with pytest.raises(Fatal):
         resumable(case, tmp_path, stop=stop)
@@ -424,7 +474,7 @@ def test_resumed_run_is_bit_equal_to_the_unbroken_one(case: tuple[str, dict[str,
 
 def test_dropout_changes_the_run(unbroken: Any, tmp_path: Path) -> None:
     want, _ = unbroken(CASES[0])  # else the tests above would not see a generator that is not restored
-    assert not same(weights(go(tmp_path, tokens=BUDGET, save_every=2).model), want)
+    assert not same(weights(go(tmp_path, epochs=PASSES, save_every=2).model), want)
 
 
 def test_finished_run_taken_up_again_trains_no_further(unbroken: Any, tmp_path: Path) -> None:
@@ -480,13 +530,16 @@ def test_death_while_old_states_are_removed_costs_nothing(unbroken: Any, tmp_pat
     real, died = shutil.rmtree, []
 
     def half(path: Any, *a: Any, **k: Any) -> None:
-        if str(path) not in died and Path(path).name.startswith("checkpoint-"):
-            died.append(str(path))
-            for p in Path(path).iterdir():
-                if p.name != "complete.json":
-                    p.unlink()
-            raise Fatal
-        real(path, *a, **k)
+        if str(path) in died or not (Path(path) / "complete.json").exists() or not Path(path).name.startswith("checkpoint-"):
+            return real(path, *a, **k)
+        died.append(str(path))
+        for p in Path(path).iterdir():
+            if p.name != "complete.json":
+                p.unlink()
+        for state in tmp_path.glob("checkpoint-*"):  # saved minutes apart, as in a real run; the half-removed one was just touched
+            at = time.time() if state == Path(path) else time.time() - 10_000 + 100 * int(state.name.split("-")[1])
+            os.utime(state, (at, at))
+        raise Fatal
 
     monkeypatch.setattr(shutil, "rmtree", half)
     reached = [0]
@@ -496,7 +549,7 @@ def test_death_while_old_states_are_removed_costs_nothing(unbroken: Any, tmp_pat
             break
         except Fatal:
             reached.append(done_steps(tmp_path))
-    assert len(died) > 2 and reached == sorted(reached)
+    assert reached == sorted(reached)
     assert same(weights(got.model), want) and table(got).equals(table(outcome))
 
 
@@ -537,8 +590,18 @@ def test_ctrl_c_in_the_last_step_gives_the_finished_run(unbroken: Any, tmp_path:
 
 
 # ---- kill -9, in children of a process that has everything imported but never ran a thread --------------------------
-PRELOAD = ["pytest", "torch", "peft", "transformers.trainer", "transformers.models.llama.modeling_llama", "modelwright.cli", "modelwright.runner",
-           "modelwright.core.training", "modelwright.tune.full", "modelwright.tune.lora"]
+PRELOAD = [
+    "pytest",
+    "torch",
+    "peft",
+    "transformers.trainer",
+    "transformers.models.llama.modeling_llama",
+    "modelwright.cli",
+    "modelwright.runner",
+    "modelwright.core.training",
+    "modelwright.tune.full",
+    "modelwright.tune.lora",
+]
 KILLED_STEPS = 20
 
 
@@ -563,55 +626,76 @@ def _calm() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _child_fit(base: str, folder: str, ready: Any) -> None:
+def _child_fit(base: str, folder: str, told: Any) -> None:
     _calm()
     start = Checkpoint(base).model()
-    ready.send("fit")
-    out = go(Path(folder), of=start, data=rows(20, 8), batch=2, epochs=KILLED_STEPS / 10, save_every=2)
+    told.send(0)
+    passes = KILLED_STEPS / 10
+    out = go(Path(folder), of=start, data=rows(20, 8), batch=2, epochs=passes, save_every=2, tick=lambda step, of: told.send(step))
     save_file({n: p for n, p in weights(out.model).items() if n != "lm_head.weight"}, Path(folder) / "final.tmp")
     os.rename(Path(folder) / "final.tmp", Path(folder) / "final")
 
 
-def _child_run(base: str, to: str, data: str, ready: Any) -> None:
+def _child_run(base: str, to: str, data: str, told: Any) -> None:
     import modelwright
+    from modelwright.core.progress import Silent, Tick
+
+    class Told(Silent, Tick):
+        count = 0
+
+        @contextmanager
+        def task(self, name: str, total: float | None = None) -> Iterator[Tick]:
+            self.to(0, 0)
+            yield self
+            self.to(0, 0)
+
+        def to(self, done: int, total: int) -> None:
+            told.send(self.count)
+            self.count += 1
 
     _calm()
-    ready.send("run")
-    modelwright.run("tune.full", base=base, to=to, data={"path": data}, train={"batch": 2, "context": 8, "save_every": 2, "lr": 1e-2, "tokens": 160})
+    knobs: dict[str, Any] = {"data": {"path": data}, "train": {"batch": 2, "context": 8, "save_every": 2, "lr": 1e-2}}
+    modelwright.run("tune.full", base=base, to=to, progress=Told(), **knobs)
 
 
 class Killer:
-    """Starts children and kills them after seeded delays that are spread over what is left of the run."""
+    """Starts children that tell how far they are, and kills each at a seeded moment: a step, and a time after it."""
 
     def __init__(self, context: Any, seed: int):
-        self.context, self.random, self.whole = context, random.Random(seed), 0.0
+        self.context, self.random, self.step = context, random.Random(seed), 0.0
 
-    def start(self, target: Callable[..., None], *arguments: str) -> Any:
+    def _start(self, target: Callable[..., None], *arguments: str) -> tuple[Any, Any]:
         ours, theirs = self.context.Pipe(duplex=False)
         child = self.context.Process(target=target, args=(*arguments, theirs))
         child.start()
         theirs.close()
-        assert ours.poll(120) and ours.recv()
-        return child
+        return child, ours
 
-    def measure(self, target: Callable[..., None], *arguments: str) -> None:
-        child = self.start(target, *arguments)
-        began = time.perf_counter()
+    def finish(self, target: Callable[..., None], *arguments: str) -> int:
+        """Let one run to its end; returns how much it told."""
+        child, said = self._start(target, *arguments)
+        times = []
+        with suppress(EOFError):
+            while said.poll(120):
+                said.recv()
+                times.append(time.perf_counter())
         child.join()
         assert child.exitcode == 0
-        self.whole = time.perf_counter() - began
+        self.step = (times[-1] - times[0]) / max(len(times) - 1, 1)
+        return len(times)
 
-    def killed(self, left: float, target: Callable[..., None], *arguments: str) -> bool:
-        """False when the child was done before its time had come."""
-        child = self.start(target, *arguments)
-        child.join(self.random.random() * self.whole * left)
+    def kill(self, first: int, last: int, target: Callable[..., None], *arguments: str) -> bool:
+        """Kill one after it told of a moment from first to last. False when it was done before."""
+        child, said = self._start(target, *arguments)
+        moment, delay, told = self.random.randint(first, last), self.random.random(), -1
+        with suppress(EOFError):
+            while told < moment and said.poll(120):
+                told = said.recv()
+        child.join(3 * delay * self.step)
         child.kill()
         child.join()
-        if child.exitcode == 0:
-            self.whole *= 0.8  # the machine is less busy than it was
-            return False
-        assert child.exitcode == -signal.SIGKILL
-        return True
+        assert child.exitcode in (0, -signal.SIGKILL)
+        return child.exitcode != 0
 
 
 def done_steps(folder: Path) -> int:
@@ -620,49 +704,53 @@ def done_steps(folder: Path) -> int:
 
 
 def test_twenty_kills_change_nothing(children: Any, base: Path, tmp_path: Path) -> None:
-    killer, kills, chain, folder = Killer(children, seed=20), 0, 0, tmp_path / "0"
-    killer.measure(_child_fit, str(base), str(tmp_path / "whole"))
+    killer, kills = Killer(children, seed=20), 0
+    killer.finish(_child_fit, str(base), str(tmp_path / "whole"))
     want, dynamics = load_file(tmp_path / "whole" / "final"), ordered(tmp_path / "whole" / "dynamics.parquet")
     reached: list[int] = []
-    for _ in range(80):
-        before = done_steps(folder)
-        if killer.killed(1 - 0.6 * before / KILLED_STEPS, _child_fit, str(base), str(folder)):
+    for chain in range(20):
+        folder = tmp_path / str(chain)
+        while kills < 20 and killer.kill(before := done_steps(folder), KILLED_STEPS, _child_fit, str(base), str(folder)):
             kills += 1
             reached.append(done_steps(folder))
             assert reached[-1] >= before, "a kill cost a state that was whole"
-            if kills < 20:
-                continue
-            killer.measure(_child_fit, str(base), str(folder))  # the last one is left to finish
-        assert same(load_file(folder / "final"), want), f"after {kills} kills at {reached}"
+        if not (folder / "final").exists():
+            killer.finish(_child_fit, str(base), str(folder))
+        assert same(load_file(folder / "final"), want), f"after kills at {reached}"
         assert ordered(folder / "dynamics.parquet").equals(dynamics)
         if kills == 20:
             break
-        chain += 1
-        folder = tmp_path / str(chain)
     assert kills == 20 and len(set(reached)) > 3
 
 
 def test_killed_runs_publish_a_whole_result_or_none(children: Any, base: Path, tmp_path: Path) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"input_ids": r}) + "\n" for r in rows(20, 8).ids.tolist()))
-    killer, to = Killer(children, seed=3), tmp_path / "made"
-    killer.measure(_child_run, str(base), str(tmp_path / "whole"), str(data))
-    want, kills = load_file(tmp_path / "whole" / "model.safetensors"), 0
-    for _ in range(6):
-        if not killer.killed(1.0, _child_run, str(base), str(to), str(data)):
+    killer, to, kills = Killer(children, seed=3), tmp_path / "made", 0
+    moments = killer.finish(_child_run, str(base), str(tmp_path / "whole"), str(data))
+    want = load_file(tmp_path / "whole" / "model.safetensors")
+    for first in range(0, moments, 3):  # from reading the data to publishing the result
+        if not killer.kill(
+            max(0, first - done_steps(tmp_path / "made.run" / "0-tune.full")), first, _child_run, str(base), str(to), str(data)
+        ):
             break
         kills += 1
         assert not to.exists() or whole(to, want)
-    killer.measure(_child_run, str(base), str(to), str(data))
-    assert kills and whole(to, want) and not list(tmp_path.glob("*.incomplete")) and not list(to.rglob("checkpoint-*"))
+    killer.finish(_child_run, str(base), str(to), str(data))
+    assert kills > 1 and whole(to, want) and not list(tmp_path.glob("*.incomplete")) and not list(to.rglob("checkpoint-*"))
 
 
 def whole(to: Path, want: dict[str, Tensor]) -> bool:
     step = to / "steps" / "0-tune.full"
     report = json.loads((to / "report.json").read_text())
-    return (same(load_file(to / "model.safetensors"), want) and Checkpoint(to).lineage is not None and report["to"] == str(to)
-            and parquet.read_table(step / "dynamics.parquet").num_rows == parquet.read_table(
-                to.parent / "whole" / "steps" / "0-tune.full" / "dynamics.parquet").num_rows > 0)
+    return (
+        same(load_file(to / "model.safetensors"), want)
+        and Checkpoint(to).lineage is not None
+        and report["to"] == str(to)
+        and parquet.read_table(step / "dynamics.parquet").num_rows
+        == parquet.read_table(to.parent / "whole" / "steps" / "0-tune.full" / "dynamics.parquet").num_rows
+        > 0
+    )
 
 
 def _child_cli(interrupt: bool, base: str, to: str, data: str, told: Any) -> None:
@@ -682,8 +770,27 @@ def _child_cli(interrupt: bool, base: str, to: str, data: str, told: Any) -> Non
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            cli.main(["tune", "full", "--base", base, "--to", to, "--data", data, "--train.batch", "2", "--train.context", "8", "--train.save-every", "4",
-                      "--train.lr", "1e-2", "--json"])
+            cli.main(
+                [
+                    "tune",
+                    "full",
+                    "--base",
+                    base,
+                    "--to",
+                    to,
+                    "--data",
+                    data,
+                    "--train.batch",
+                    "2",
+                    "--train.context",
+                    "8",
+                    "--train.save-every",
+                    "4",
+                    "--train.lr",
+                    "1e-2",
+                    "--json",
+                ]
+            )
     finally:
         told.send(said.getvalue())
 

@@ -40,8 +40,8 @@ def save(plan: Blueprint, to: Path, shard_size: int = SHARD) -> None:
         write_tensors(plan, part, shard_size)
 
 
-def upcycled(base: Path, to: Path) -> None:
-    run("reshape.upcycle", base=base, to=to, experts=4, method="drop", save={"certificate": "structure"})
+def upcycled(base: Path, to: Path, experts: int = 4) -> None:
+    run("reshape.upcycle", base=base, to=to, experts=experts, method="drop", save={"certificate": "structure"})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -139,7 +139,7 @@ def test_killed_before_any_step_on_disk_leaves_nothing_or_everything(stories: Pa
         assert ended(child) == 0
     steps = tally.stat().st_size
     assert steps > 30
-    points = {round(i * (steps - 1) / 13) for i in range(14)} | set(range(steps - 12, steps))  # some along the way, all at the end
+    points = {round(i * (steps - 1) / 9) for i in range(10)} | set(range(steps - 12, steps))  # some along the way, all at the end
     left = {}
     for i in sorted(points):
         to = tmp_path / str(i) / "out"
@@ -191,17 +191,24 @@ def test_folder_that_another_process_is_writing_is_left_alone(tmp_path: Path) ->
     assert names(tmp_path) == ["out.incomplete"] and names(part) == ["INCOMPLETE"]
 
 
-@pytest.mark.parametrize("key", [None, "of another recipe"])
-def test_second_run_leaves_the_first_one_alone(tiny: Tiny, tmp_path: Path, key: str | None) -> None:
-    part = tmp_path / "out.run" / "0-reshape.upcycle" / "result.incomplete"
-    part.mkdir(parents=True)
-    if key:
-        (part.parent / "key").write_text(key)
-    (part / "INCOMPLETE").write_text(f"{os.getppid()}\n")
-    (part / "model.safetensors").write_text("half of it")
-    with pytest.raises(UserError, match=f"being written by process {os.getppid()}"):
-        upcycled(tiny("llama"), tmp_path / "out")
-    assert (part / "model.safetensors").read_text() == "half of it"
+@pytest.mark.parametrize("recipe", ["the same", "another"])
+@pytest.mark.parametrize("at", [4, 60])
+def test_second_run_leaves_the_first_one_alone(stories: Path, tmp_path: Path, reference: dict[str, bytes], recipe: str, at: int) -> None:
+    """The first run stands still in the middle of its work; the second one is refused; the first one ends well."""
+    to = tmp_path / "out"
+    halt = lambda n: os.kill(os.getpid(), signal.SIGSTOP) if n == at else None  # noqa: E731
+    child = fork(lambda: watched(lambda: upcycled(stories, to), tmp_path, halt))
+    try:
+        assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1]) and not to.exists()
+        with pytest.raises(UserError, match=f"process {child}"):
+            upcycled(stories, to, experts=4 if recipe == "the same" else 8)
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+        raise
+    os.kill(child, signal.SIGCONT)
+    assert ended(child) == 0
+    assert content(to) == reference and names(tmp_path) == ["out", "reference"]
 
 
 # ---- the same bytes --------------------------------------------------------------------------------------------------
@@ -243,6 +250,14 @@ def test_values_do_not_depend_on_the_shard_size(tiny: Tiny, tmp_path: Path, kind
     if len(saved.files) > 1:
         index_file = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         assert index_file["metadata"]["total_size"] == sum(saved.get(n).nbytes for n in saved.table)
+
+
+@pytest.mark.parametrize("shard_size", [SHARD, 10**9])
+def test_tensors_lie_in_the_order_of_their_layers(tiny: Tiny, tmp_path: Path, shard_size: int) -> None:
+    save(blueprint(tiny("llama", num_hidden_layers=11)), tmp_path / "out", shard_size)
+    table = Checkpoint(tmp_path / "out").table  # shard by shard, each in the order of its header
+    layers = [int(n.split(".")[2]) for n in table if n.startswith("model.layers.")]
+    assert layers == sorted(layers) and list(table) == sorted(table, key=natural)
 
 
 def test_short_writes_are_completed(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,7 +465,7 @@ def test_real_small_disk_is_seen_before_writing(tiny: Tiny, small_disk: Callable
     assert names(disk) == []
 
 
-@pytest.mark.parametrize("size", [4_096, 65_536, *range(172_032, 250_000, 8_192)])
+@pytest.mark.parametrize("size", [4_096, 65_536, *range(204_800, 246_000, 8_192)])
 def test_real_disk_that_another_process_fills_leaves_nothing(tiny: Tiny, small_disk: Callable[[int], Path],
                                                              monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """The space was there when it was asked for; the result needs about 220 kB, so it runs out at another file each time."""

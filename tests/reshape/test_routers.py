@@ -18,8 +18,10 @@ from modelwright.core.errors import UserError
 from modelwright.core.writer import write_tensors
 from modelwright.reshape.upcycle import Knobs, upcycle
 
-STORY = ("Once upon a time there was a little girl named Lily. She loved to play outside in the park with her mom. "
-         "One day she saw a big red ball under the tree and she wanted to play with it. ")
+STORY = (
+    "Once upon a time there was a little girl named Lily. She loved to play outside in the park with her mom. "
+    "One day she saw a big red ball under the tree and she wanted to play with it. "
+)
 SUMS = " ".join(f"{i * 37 % 911} + {i * 53 % 877} = {i * 37 % 911 + i * 53 % 877};" for i in range(40))
 CODE = "def f(x):\n    return [y * 2 for y in x if y != 0]\n\nclass A(B):\n    def __init__(self):\n        self.x = None\n"
 KING = "The king and the queen lived in a castle with a dragon. The dragon was sad and he wanted a friend. "
@@ -57,8 +59,10 @@ def seen(stories: Path, tmp_path_factory: pytest.TempPathFactory) -> Seen:
     @torch.no_grad()
     def states(text: str) -> list[Tensor]:
         caught: list[list[Tensor]] = [[] for _ in model.model.layers]
-        hooks = [layer.mlp.gate.register_forward_pre_hook(lambda m, args, c=c: c.append(args[0].reshape(-1, 64).double()))
-                 for layer, c in zip(model.model.layers, caught, strict=True)]
+        hooks = [
+            layer.mlp.gate.register_forward_pre_hook(lambda m, args, c=c: c.append(args[0].reshape(-1, 64).double()))
+            for layer, c in zip(model.model.layers, caught, strict=True)
+        ]
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         for i in range(0, len(ids), 512):
             model(torch.tensor([ids[i : i + 512]]))
@@ -257,17 +261,20 @@ def test_ridge_separates_planted_domains(stories: Path, seen: Seen, tmp_path: Pa
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("knobs", "reason"), [
-    ({"router": "prompts", "prompts": [["a"], ["a"]]}, "two experts have the same prompts, because their router rows would be equal"),
-    ({"router": "text", "texts": ["a", "a"]}, "two experts have the same texts"),
-    ({"router": "ridge", "texts": ["a", "a"]}, "two experts have the same texts"),
-    ({"router": "prompts", "prompts": [["a"], ["b"], ["c"]]}, "prompts has 3 groups and there are 2 experts"),
-    ({"router": "prompts"}, "prompts has 0 groups and there are 2 experts"),
-    ({"router": "text", "texts": ["a"]}, "texts has 1 groups and there are 2 experts"),
-    ({"router": "prompts", "prompts": [["a"], []]}, "has no tokens"),
-    ({"router": "prompts", "prompts": [["a"], [""]]}, "has no tokens"),
-    ({"router": "prompts", "prompts": [["a"], ["b"]], "negatives": [["c"]]}, "negatives has 1 groups and there are 2 experts"),
-])
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({"router": "prompts", "prompts": [["a"], ["a"]]}, "two experts have the same prompts, because their router rows would be equal"),
+        ({"router": "text", "texts": ["a", "a"]}, "two experts have the same texts"),
+        ({"router": "ridge", "texts": ["a", "a"]}, "two experts have the same texts"),
+        ({"router": "prompts", "prompts": [["a"], ["b"], ["c"]]}, "prompts has 3 groups and there are 2 experts"),
+        ({"router": "prompts"}, "prompts has 0 groups and there are 2 experts"),
+        ({"router": "text", "texts": ["a"]}, "texts has 1 groups and there are 2 experts"),
+        ({"router": "prompts", "prompts": [["a"], []]}, "has no tokens"),
+        ({"router": "prompts", "prompts": [["a"], [""]]}, "has no tokens"),
+        ({"router": "prompts", "prompts": [["a"], ["b"]], "negatives": [["c"]]}, "negatives has 1 groups and there are 2 experts"),
+    ],
+)
 def test_refusal_says_why(knobs: dict, reason: str, stories: Path, tmp_path: Path) -> None:
     if "texts" in knobs:
         knobs = knobs | {"texts": files(tmp_path, knobs["texts"])}

@@ -16,8 +16,14 @@ from modelwright.core.errors import UserError
 from modelwright.core.writer import write_tensors
 from modelwright.reshape.upcycle import Knobs, upcycle
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 LONGROPE = {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONG}, "original_max_position_embeddings": 32}
 WINDOW = {"sliding_window": 8}
@@ -31,8 +37,12 @@ EXACT: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "llama": ("llama", {}, "auto", MIXTRAL),
     "llama theta 5e5": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "auto", MIXTRAL),
     "llama llama3 rope": ("llama", {"rope_parameters": LLAMA3}, "auto", MIXTRAL),
-    "llama yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
-                                                 "original_max_position_embeddings": 16}}, "auto", MIXTRAL),
+    "llama yarn": (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}},
+        "auto",
+        MIXTRAL,
+    ),
     "llama dynamic rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "auto", MIXTRAL),
     "llama tied": ("llama", {"tie_word_embeddings": True}, "auto", MIXTRAL),
     "llama one key head": ("llama", {"num_key_value_heads": 1}, "auto", MIXTRAL),
@@ -52,6 +62,7 @@ EXACT: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "llama biases to granitemoeshared": ("llama", {"attention_bias": True}, "granitemoeshared", SHARED),
     "mistral": ("mistral", {}, "auto", MIXTRAL),
     "mistral window": ("mistral", WINDOW, "auto", MIXTRAL),
+    "mistral window to qwen2_moe": ("mistral", WINDOW, "qwen2_moe", QWEN2),
     "mistral to qwen2_moe": ("mistral", {}, "qwen2_moe", QWEN2),
     "qwen2": ("qwen2", {}, "auto", QWEN2),
     "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}, "auto", QWEN2),
@@ -85,8 +96,10 @@ LOST: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2's renormalised weights": ("qwen2", {"norm_topk_prob": False}),
     "qwen3's renormalised weights": ("qwen3", {"norm_topk_prob": False}),
     "phi3's long factors": ("phi3 longrope", {"rope_parameters": LONGROPE["rope_parameters"] | {"long_factor": LONG["short_factor"]}}),
-    **{f"granite's {m}": ("granite", {m: 1.0}) for m in
-       ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")},
+    **{
+        f"granite's {m}": ("granite", {m: 1.0})
+        for m in ("embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier")
+    },
 }
 
 
@@ -133,13 +146,21 @@ def test_probe_sees_a_lost_setting(lost: str, tiny, tmp_path: Path) -> None:
     assert difference(loaded(tiny(family, **changes)), loaded(folder)) > 1e-3
 
 
-@pytest.mark.parametrize(("family", "changes", "gone", "old"), [
-    ("llama", {}, ["dtype", "head_dim"], {"rope_theta": 5e5, "torch_dtype": "float32",
-                                          "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}}),
-    ("mistral", {}, ["dtype", "head_dim"], {"rope_theta": 1e5, "sliding_window": 8}),
-    ("qwen2", {}, ["layer_types"], {"rope_theta": 1e5, **MIXED}),
-    ("phi3", {}, ["dtype"], {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", **LONG}, "original_max_position_embeddings": 32}),
-], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("family", "changes", "gone", "old"),
+    [
+        (
+            "llama",
+            {},
+            ["dtype", "head_dim"],
+            {"rope_theta": 5e5, "torch_dtype": "float32", "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"}},
+        ),
+        ("mistral", {}, ["dtype", "head_dim"], {"rope_theta": 1e5, "sliding_window": 8}),
+        ("qwen2", {}, ["layer_types"], {"rope_theta": 1e5, **MIXED}),
+        ("phi3", {}, ["dtype"], {"rope_theta": 1e4, "rope_scaling": {"type": "longrope", **LONG}, "original_max_position_embeddings": 32}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
 def test_config_of_an_older_transformers_is_understood(family: str, changes: dict, gone: list, old: dict, tiny, tmp_path: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(tiny(family, **changes), base)
@@ -209,8 +230,10 @@ def test_stored_copy_of_a_tied_head_and_leftover_buffers_do_no_harm(tiny, tmp_pa
     base = tmp_path / "base"
     shutil.copytree(tiny("llama", tie_word_embeddings=True), base)
     tensors = load_file(base / "model.safetensors")
-    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    tensors |= {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
     folder = converted(base, tmp_path / "out")
     assert difference(loaded(tiny("llama", tie_word_embeddings=True)), loaded(folder)) <= 1e-4
@@ -219,30 +242,41 @@ def test_stored_copy_of_a_tied_head_and_leftover_buffers_do_no_harm(tiny, tmp_pa
 PARTIAL = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
 
 
-@pytest.mark.parametrize(("family", "changes", "knobs", "reason"), [
-    ("gpt2", {}, {}, "because its feed-forward part has no gate and its experts would need biases"),
-    ("opt", {}, {}, "because its feed-forward part has no gate"),
-    ("gpt_neox", {}, {}, "because its feed-forward part has no gate"),
-    ("bert", {}, {}, "has an encoder, because no stock"),
-    ("t5", {}, {}, "has an encoder, because no stock"),
-    ("t5_v1_1", {}, {}, "has an encoder, because no stock"),
-    ("gemma2", {}, {}, "because it norms what attention or the feed-forward part gives"),
-    ("gemma3", {}, {}, "because it norms what attention or the feed-forward part gives"),
-    ("llama", {"mlp_bias": True}, {}, "because its feed-forward part has biases"),
-    *[(f, {}, {}, "is a mixture of experts already") for f in
-      ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared")],
-    ("qwen3", MIXED, {}, "because it uses a sliding window together with q and k norms"),
-    ("llama", PARTIAL, {}, "because it rotates only a share of 0.5 of each head"),
-    ("phi3", {"partial_rotary_factor": 0.5}, {}, "because it rotates only a share of 0.5 of each head"),
-    ("qwen2", {}, {"target": "mixtral"}, "does not hold this qwen2 model exactly, because exact are: qwen2_moe"),
-    ("qwen3", {}, {"target": "qwen2_moe"}, "does not hold this qwen3 model exactly, because exact are: qwen3_moe"),
-    ("granite", {}, {"target": "mixtral"}, "does not hold this granite model exactly, because exact are: granitemoe, granitemoeshared"),
-    ("llama", {}, {"target": "qwen3_moe"}, "does not hold this llama model exactly"),
-    ("llama", {"attention_bias": True}, {"target": "qwen2_moe"}, "does not hold this llama model exactly, because exact are: granitemoe"),
-    ("mistral", WINDOW, {"target": "granitemoe"}, "does not hold this mistral model exactly"),
-    ("llama", {}, {"experts": 2, "top_k": 3}, "top_k=3 but there are 2 experts"),
-    ("llama", {}, {"experts": 1, "top_k": 1}, "must be at least 2"),
-], ids=lambda v: v if isinstance(v, str) and " " not in v else " ".join(v) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("family", "changes", "knobs", "reason"),
+    [
+        ("gpt2", {}, {}, "because its feed-forward part has no gate and its experts would need biases"),
+        ("opt", {}, {}, "because its feed-forward part has no gate"),
+        ("gpt_neox", {}, {}, "because its feed-forward part has no gate"),
+        ("bert", {}, {}, "has an encoder, because no stock"),
+        ("t5", {}, {}, "has an encoder, because no stock"),
+        ("t5_v1_1", {}, {}, "has an encoder, because no stock"),
+        ("gemma2", {}, {}, "because it norms what attention or the feed-forward part gives"),
+        ("gemma3", {}, {}, "because it norms what attention or the feed-forward part gives"),
+        ("llama", {"mlp_bias": True}, {}, "because its feed-forward part has biases"),
+        *[
+            (f, {}, {}, "is a mixture of experts already")
+            for f in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared")
+        ],
+        ("qwen3", MIXED, {}, "because it uses a sliding window together with q and k norms"),
+        ("llama", PARTIAL, {}, "because it rotates only a share of 0.5 of each head"),
+        ("phi3", {"partial_rotary_factor": 0.5}, {}, "because it rotates only a share of 0.5 of each head"),
+        ("qwen2", {}, {"target": "mixtral"}, "does not hold this qwen2 model exactly, because exact are: qwen2_moe"),
+        ("qwen3", {}, {"target": "qwen2_moe"}, "does not hold this qwen3 model exactly, because exact are: qwen3_moe"),
+        ("granite", {}, {"target": "mixtral"}, "does not hold this granite model exactly, because exact are: granitemoe, granitemoeshared"),
+        ("llama", {}, {"target": "qwen3_moe"}, "does not hold this llama model exactly"),
+        (
+            "llama",
+            {"attention_bias": True},
+            {"target": "qwen2_moe"},
+            "does not hold this llama model exactly, because exact are: granitemoe",
+        ),
+        ("mistral", WINDOW, {"target": "granitemoe"}, "does not hold this mistral model exactly"),
+        ("llama", {}, {"experts": 2, "top_k": 3}, "top_k=3 but there are 2 experts"),
+        ("llama", {}, {"experts": 1, "top_k": 1}, "must be at least 2"),
+    ],
+    ids=lambda v: v if isinstance(v, str) and " " not in v else " ".join(v) if isinstance(v, dict) else "",
+)
 def test_refusal_says_why_and_leaves_nothing(family: str, changes: dict, knobs: dict, reason: str, tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         modelwright.run("reshape.upcycle", base=tiny(family, **changes), to=tmp_path / "out", **{"experts": 4, **knobs})

@@ -24,8 +24,13 @@ from modelwright.core.training import Outcome, fit
 from modelwright.tune import lora
 
 KINDS = ["llama", "qwen2", "qwen3", "gpt2", "mixtral"]
-CLASSES = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM, "qwen3": transformers.Qwen3ForCausalLM,
-           "gpt2": transformers.GPT2LMHeadModel, "mixtral": transformers.MixtralForCausalLM}
+CLASSES = {
+    "llama": transformers.LlamaForCausalLM,
+    "qwen2": transformers.Qwen2ForCausalLM,
+    "qwen3": transformers.Qwen3ForCausalLM,
+    "gpt2": transformers.GPT2LMHeadModel,
+    "mixtral": transformers.MixtralForCausalLM,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,10 +79,17 @@ def step(result: Path) -> Path:
 # ---- through the runner ----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_result_loads_in_the_stock_class_and_differs_from_the_base(method: str, kind: str, tiny: Any, data: Path, ids: Tensor, tmp_path: Path) -> None:
+def test_result_loads_in_the_stock_class_and_differs_from_the_base(
+    method: str, kind: str, tiny: Any, data: Path, ids: Tensor, tmp_path: Path
+) -> None:
     base = tiny(kind)
-    result = modelwright.run(f"tune.{method}", base=base, to=tmp_path / "out", data={"path": data, "column": "input_ids"},
-                             train={"batch": 5, "context": 12, "lr": 1e-2, "epochs": 1})
+    result = modelwright.run(
+        f"tune.{method}",
+        base=base,
+        to=tmp_path / "out",
+        data={"path": data, "column": "input_ids"},
+        train={"batch": 5, "context": 12, "lr": 1e-2, "epochs": 1},
+    )
     facts = result.steps[0]["facts"]
     assert facts["steps"] == 3 and facts["data"]["rows"] == 16 and facts["reload_max_abs_dlogit"] <= 1e-5
     tuned, info = CLASSES[kind].from_pretrained(result.to, output_loading_info=True)
@@ -92,17 +104,27 @@ def test_result_loads_in_the_stock_class_and_differs_from_the_base(method: str, 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(method: str, tiny: Any, data: Path, tmp_path: Path) -> None:
     files = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        made = modelwright.run(f"tune.{method}", base=tiny("llama"), to=tmp_path / name, seed=seed, data=str(data), train={"context": 12, "lr": 1e-2})
+        made = modelwright.run(
+            f"tune.{method}", base=tiny("llama"), to=tmp_path / name, seed=seed, data=str(data), train={"context": 12, "lr": 1e-2}
+        )
         files.append((made.to / "model.safetensors").read_bytes())
     assert files[0] == files[1] != files[2]
 
 
 @pytest.mark.parametrize(("method", "train"), [("full", {"lr": 1e-3}), ("lora", {"lr": 1e-2})])
-def test_loss_on_the_training_rows_falls_on_real_text(method: str, train: dict[str, Any], stories: Path, shared: Path, tmp_path: Path) -> None:
+def test_loss_on_the_training_rows_falls_on_real_text(
+    method: str, train: dict[str, Any], stories: Path, shared: Path, tmp_path: Path
+) -> None:
     text = tmp_path / "play.txt"
     text.write_text((shared / "tinyshakespeare" / "input.txt").read_text()[:6000])
-    result = modelwright.run(f"tune.{method}", base=stories, to=tmp_path / "out", data=str(text), evals={"seen": str(text)},
-                             train={"context": 64, "batch": 8, "epochs": 3, "eval_every": 1000, **train})
+    result = modelwright.run(
+        f"tune.{method}",
+        base=stories,
+        to=tmp_path / "out",
+        data=str(text),
+        evals={"seen": str(text)},
+        train={"context": 64, "batch": 8, "epochs": 3, "eval_every": 1000, **train},
+    )
     first, last = result.steps[0]["evals"]
     assert last["loss"] < first["loss"] - 0.3 and last["bits_per_byte"] < first["bits_per_byte"]
     assert Checkpoint(result.to).tokenizer().get_vocab() == Checkpoint(stories).tokenizer().get_vocab()
@@ -131,7 +153,9 @@ def test_holdout_and_named_evals_take_no_part_in_training(tiny: Any, data: Path,
 
 # ---- LoRA: the algebra -----------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def tuned(tiny: Any, ids: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, dict[str, Tensor], Outcome, lora.Lora, Path]]:
+def tuned(
+    tiny: Any, ids: Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Any, dict[str, Tensor], Outcome, lora.Lora, Path]]:
     """A model with trained adapters, the base's weights, the outcome, the technique and the run's folder."""
     rows = Rows(ids.int(), ids.int(), torch.full((len(ids),), ids.shape[1]))
 
@@ -146,10 +170,21 @@ def tuned(tiny: Any, ids: Tensor, tmp_path_factory: pytest.TempPathFactory) -> C
 
 
 PLACES: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("llama", {}, ["attn.q", "attn.v"]), ("llama", {}, ["attn.k", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]), ("qwen2", {}, ["attn.q", "attn.v"]),
-    ("qwen3", {}, ["attn.q"]), ("gpt2", {}, ["attn.q", "attn.v"]), ("gpt2", {}, ["attn.o", "ffn.up", "ffn.down"]), ("phi3", {}, ["attn.q", "ffn.gate"]),
-    ("gpt_neox", {}, ["attn.qkv"]), ("mixtral", {}, ["attn.q", "attn.v"]), ("mixtral", {}, ["expert.gate_up"]), ("mixtral", {}, ["expert.down", "attn.q"]),
-    ("qwen3_moe", {}, ["expert.gate_up", "expert.down"]), ("llama", {"tie_word_embeddings": True}, ["attn.q"]), ("llama", {}, ["embed"]), ("llama", {}, ["head"]),
+    ("llama", {}, ["attn.q", "attn.v"]),
+    ("llama", {}, ["attn.k", "attn.o", "ffn.gate", "ffn.up", "ffn.down"]),
+    ("qwen2", {}, ["attn.q", "attn.v"]),
+    ("qwen3", {}, ["attn.q"]),
+    ("gpt2", {}, ["attn.q", "attn.v"]),
+    ("gpt2", {}, ["attn.o", "ffn.up", "ffn.down"]),
+    ("phi3", {}, ["attn.q", "ffn.gate"]),
+    ("gpt_neox", {}, ["attn.qkv"]),
+    ("mixtral", {}, ["attn.q", "attn.v"]),
+    ("mixtral", {}, ["expert.gate_up"]),
+    ("mixtral", {}, ["expert.down", "attn.q"]),
+    ("qwen3_moe", {}, ["expert.gate_up", "expert.down"]),
+    ("llama", {"tie_word_embeddings": True}, ["attn.q"]),
+    ("llama", {}, ["embed"]),
+    ("llama", {}, ["head"]),
 ]
 
 
@@ -158,7 +193,9 @@ def named(place: tuple[str, dict[str, Any], list[str]]) -> str:
 
 
 @pytest.mark.parametrize("place", PLACES, ids=named)
-def test_adapters_start_as_the_base_and_merge_into_what_they_were(place: tuple[str, dict[str, Any], list[str]], tuned: Any, ids: Tensor, tmp_path: Path) -> None:
+def test_adapters_start_as_the_base_and_merge_into_what_they_were(
+    place: tuple[str, dict[str, Any], list[str]], tuned: Any, ids: Tensor, tmp_path: Path
+) -> None:
     kind, changes, roles = place
     base, before, out, technique, folder = tuned(kind, changes, roles=roles)
     want = logits(base.model(), ids)
@@ -200,7 +237,14 @@ def test_update_is_alpha_over_r_times_b_a(tuned: Any) -> None:
 
 def test_adapter_beside_a_result_gives_the_result(tiny: Any, data: Path, ids: Tensor, tmp_path: Path) -> None:
     base = tiny("llama")
-    made = modelwright.run("tune.lora", base=base, to=tmp_path / "out", data=str(data), train={"context": 12, "lr": 3e-2, "epochs": 3}, roles=["attn.q", "ffn.down"])
+    made = modelwright.run(
+        "tune.lora",
+        base=base,
+        to=tmp_path / "out",
+        data=str(data),
+        train={"context": 12, "lr": 3e-2, "epochs": 3},
+        roles=["attn.q", "ffn.down"],
+    )
     model = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(base), step(made.to) / "adapter")
     merged = transformers.LlamaForCausalLM.from_pretrained(made.to)
     assert apart(logits(model, ids), logits(merged, ids)) <= 1e-4
@@ -218,7 +262,13 @@ def test_adapter_on_a_tied_matrix_is_refused_or_merges_into_what_it_was(tuned: A
 
 def test_tied_weights_stay_tied_in_the_result(tiny: Any, data: Path, tmp_path: Path) -> None:
     for method in ("full", "lora"):
-        made = modelwright.run(f"tune.{method}", base=tiny("llama", tie_word_embeddings=True), to=tmp_path / method, data=str(data), train={"context": 12, "lr": 1e-2})
+        made = modelwright.run(
+            f"tune.{method}",
+            base=tiny("llama", tie_word_embeddings=True),
+            to=tmp_path / method,
+            data=str(data),
+            train={"context": 12, "lr": 1e-2},
+        )
         model = transformers.LlamaForCausalLM.from_pretrained(made.to)
         assert model.lm_head.weight is model.model.embed_tokens.weight and "lm_head.weight" not in load_file(made.to / "model.safetensors")
 
@@ -231,37 +281,62 @@ def attach(kind: str, **knobs: Any) -> Any:
     return lora.Lora(lora.Knobs(**knobs)).attach(model, Anatomy(model))
 
 
-@pytest.mark.parametrize(("kind", "role", "hint"), [("llama", "attn.g", "did you mean 'attn.[qkvo]'"), ("llama", "ffn.dwn", "did you mean 'ffn.down'"),
-                                                    ("llama", "attention", "did you mean|known: "), ("llama", "zzzz", "known: attn.k, attn.o"),
-                                                    ("mixtral", "expert.gate", "did you mean 'expert.gate_up'"), ("llama", "expert.gate_up", "did you mean|known: "),
-                                                    ("gpt2", "attn.qv", "did you mean 'attn.qkv'")])
+@pytest.mark.parametrize(
+    ("kind", "role", "hint"),
+    [
+        ("llama", "attn.g", "did you mean 'attn.[qkvo]'"),
+        ("llama", "ffn.dwn", "did you mean 'ffn.down'"),
+        ("llama", "attention", "did you mean|known: "),
+        ("llama", "zzzz", "known: attn.k, attn.o"),
+        ("mixtral", "expert.gate", "did you mean 'expert.gate_up'"),
+        ("llama", "expert.gate_up", "did you mean|known: "),
+        ("gpt2", "attn.qv", "did you mean 'attn.qkv'"),
+    ],
+)
 def test_unknown_role_names_the_nearest_one(kind: str, role: str, hint: str) -> None:
     with pytest.raises(UserError, match=f"'{role}'.*({hint})"):
         attach(kind, roles=["attn.o", role])
 
 
-@pytest.mark.parametrize(("kind", "knobs"), [("llama", {"roles": ["norm.attn"]}), ("llama", {"roles": []}), ("llama", {"roles": ["attn.q", "norm.final"]}),
-                                             ("gpt2", {"roles": ["norm.ffn"]})], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "knobs"),
+    [
+        ("llama", {"roles": ["norm.attn"]}),
+        ("llama", {"roles": []}),
+        ("llama", {"roles": ["attn.q", "norm.final"]}),
+        ("gpt2", {"roles": ["norm.ffn"]}),
+    ],
+    ids=str,
+)
 def test_roles_without_a_matrix_are_refused(kind: str, knobs: dict[str, Any]) -> None:
     with pytest.raises(UserError):
         attach(kind, **knobs)
 
 
-@pytest.mark.parametrize("knobs", [{"roles": ["expert.gate_up"], "dropout": 0.1}, {"roles": ["router"]}, {"roles": ["router", "attn.q"], "dropout": 0.1}], ids=str)
+@pytest.mark.parametrize(
+    "knobs",
+    [{"roles": ["expert.gate_up"], "dropout": 0.1}, {"roles": ["router"]}, {"roles": ["router", "attn.q"], "dropout": 0.1}],
+    ids=str,
+)
 def test_what_peft_cannot_adapt_is_a_user_error(knobs: dict[str, Any]) -> None:
     try:
         model = attach("mixtral", **knobs)
     except UserError:
         return
     adapted = {n.split(".lora_")[0] for n, _ in model.named_parameters() if "lora_" in n}
-    assert all(any(part in n for n in adapted) for part in ({"router": "gate", "attn.q": "q_proj", "expert.gate_up": "experts"}[r] for r in knobs["roles"]))
+    assert all(
+        any(part in n for n in adapted)
+        for part in ({"router": "gate", "attn.q": "q_proj", "expert.gate_up": "experts"}[r] for r in knobs["roles"])
+    )
     assert "dropout" not in knobs or any(isinstance(m, torch.nn.Dropout) and m.p == 0.1 for m in model.modules())
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_failed_run_leaves_no_trace(method: str, tiny: Any, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        modelwright.run(f"tune.{method}", base=tiny("llama"), to=tmp_path / "out", data={"path": str(data), "column": "inputids"}, train={"context": 12})
+        modelwright.run(
+            f"tune.{method}", base=tiny("llama"), to=tmp_path / "out", data={"path": str(data), "column": "inputids"}, train={"context": 12}
+        )
     with pytest.raises(UserError):
         modelwright.run(f"tune.{method}", base=tiny("llama"), to=tmp_path / "out", data=str(data), train={"context": 65})
     assert list(tmp_path.iterdir()) == []

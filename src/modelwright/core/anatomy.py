@@ -200,11 +200,11 @@ class Anatomy:
             int(found[2]) if found else None,
             side,
             orientation,
-            self._rows(role, path, out),
+            self._rows(role, path, orientation, out),
             tuple(group[1:]),
         )
 
-    def _rows(self, role: str, path: str, out: int) -> dict[str, tuple[slice, ...]]:
+    def _rows(self, role: str, path: str, orientation: str, out: int) -> dict[str, tuple[slice, ...]]:
         c = self.config
         if role.endswith("gate_up"):
             return {"gate": (slice(0, out // 2),), "up": (slice(out // 2, out),)}
@@ -215,6 +215,12 @@ class Anatomy:
             step = out // heads // 3
             return {n: tuple(slice((3 * h + i) * step, (3 * h + i + 1) * step) for h in range(heads)) for i, n in enumerate("qkv")}
         if path.endswith("c_attn"):
+            if orientation == "out_in":  # GPT-BigCode uses the name for a Linear with another layout
+                raise UserError(
+                    f"the fused projection {path} of {type(self.model).__name__} is of unknown layout",
+                    "only GPT-2's Conv1D form of c_attn is known",
+                    "add its row ranges to core/anatomy.py",
+                )
             step = out // 3
             return {n: (slice(i * step, (i + 1) * step),) for i, n in enumerate("qkv")}
         groups = c.num_key_value_heads
@@ -325,6 +331,7 @@ class Anatomy:
             and (p.role.startswith(_MATMUL) or p.role == "embed" and any(t.startswith(("lm_head", "cls.")) for t in p.tied))
         )
         width = sum(self._width(self.attention(b)["q"]) for b in self.blocks)
+        width += sum(b.parts["cross.q"].shape[0] for b in self.blocks if "cross.q" in b.parts)
         return 2 * weights + 4 * context * width
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:

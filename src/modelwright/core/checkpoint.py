@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from modelwright.core.errors import UserError
+from modelwright.core.errors import UserError, did_you_mean, short
 
 LINEAGE = "modelwright.json"
 SEEDLING = Path(__file__).parent.parent / "data" / "seedling"
@@ -63,7 +63,7 @@ def locate(base: str | Path) -> Path:
     except Exception as error:
         raise UserError(
             f"{base} is neither a folder nor a hub id that can be fetched",
-            str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__,
+            short(error),
             "check the name, or download it first and give the folder",
         ) from None
 
@@ -74,13 +74,14 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     try:
         with open(file, "rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            table = json.loads(f.read(length)) if 0 < length <= size - 8 else None
-    except ValueError:
-        table = None
-    if not isinstance(table, dict):
-        raise UserError(f"{file} is no readable safetensors file", "its header is cut off or damaged", "copy or download it again")
-    table.pop("__metadata__", None)
-    end = 8 + length + max((t["data_offsets"][1] for t in table.values()), default=0)
+            table = dict(json.loads(f.read(length) if 0 < length <= size - 8 else b""))
+        table.pop("__metadata__", None)
+        end = 8 + length + max((int(t["data_offsets"][1]) for t in table.values()), default=0)
+        assert all(isinstance(t["dtype"], str) and math.prod(t["shape"]) >= 0 for t in table.values())
+    except (ValueError, TypeError, LookupError, AssertionError, RecursionError):
+        raise UserError(
+            f"{file} is no readable safetensors file", "its header is cut off or damaged", "copy or download it again"
+        ) from None
     if end != size:
         raise UserError(
             f"{file} is truncated" if size < end else f"{file} has {size - end} bytes too many",
@@ -100,15 +101,16 @@ class Checkpoint:
         path = self.folder / "config.json"
         if not path.is_file():
             raise UserError(f"{self.folder} is no checkpoint", "it has no config.json", "point to a folder saved with save_pretrained")
-        try:
-            self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"{path} is not valid JSON", how="copy or download it again") from None
+        self.config = read_object(path)
         if "auto_map" in self.config:
             raise UserError(
                 f"{self.folder} asks to run code that comes with it",
                 "its config.json has auto_map, and remote code is never run",
                 "use a checkpoint of a class that transformers has",
+            )
+        if "quantization_config" in self.config:
+            raise UserError(
+                f"{self.folder} is quantised", "its weights are codes, not numbers to work on", "give the unquantised checkpoint"
             )
         if "model_type" not in self.config:
             raise UserError(f"{path} names no model_type", how="point to a folder saved with save_pretrained")
@@ -123,7 +125,10 @@ class Checkpoint:
     def _shards(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted({self.folder / f for f in json.loads(index.read_text())["weight_map"].values()})
+            names = read_object(index).get("weight_map")
+            if not isinstance(names, dict) or not names or not all(isinstance(f, str) and f == Path(f).name for f in names.values()):
+                raise UserError(f"{index} is damaged", "its weight_map does not name files of the folder", "copy or download it again")
+            files = sorted({self.folder / f for f in names.values()})
         elif (self.folder / "model.safetensors").is_file():
             files = [self.folder / "model.safetensors"]
         elif list(self.folder.glob("adapter_model.safetensors")):
@@ -149,7 +154,10 @@ class Checkpoint:
         return tuple(self._row(name)["shape"])
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self._row(name)["dtype"]]
+        code = self._row(name)["dtype"]
+        if code not in DTYPES:
+            raise UserError(f"{name} in {self.folder} is of type {code}", "that type is not read here", "convert the checkpoint")
+        return DTYPES[code]
 
     def _row(self, name: str) -> dict[str, Any]:
         if name not in self.table:
@@ -184,12 +192,21 @@ class Checkpoint:
     @cached_property
     def skeleton(self) -> Any:
         """The model on the meta device: names and shapes, no memory."""
-        return skeleton(self.hf_config)
+        model = skeleton(self.hf_config)
+        for name, p in model.named_parameters():
+            if name in self and self.shape(name) != tuple(p.shape):
+                raise UserError(
+                    f"{name} in {self.folder} has shape {self.shape(name)}",
+                    f"its config.json promises {tuple(p.shape)}",
+                    "copy or download the checkpoint again",
+                )
+        return model
 
     def model(self, dtype: torch.dtype | None = None) -> Any:
         """The loaded model, in `dtype` or as stored. Every tensor must be there and finite."""
         import transformers
 
+        _ = self.skeleton  # a shape that the config does not have is refused before anything is loaded
         quiet = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         try:
@@ -202,7 +219,7 @@ class Checkpoint:
                 output_loading_info=True,
             )
         except (RuntimeError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self.folder} does not load", str(error).strip().splitlines()[0]) from error
+            raise UserError(f"{self.folder} does not load", short(error)) from error
         finally:
             transformers.logging.set_verbosity(quiet)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -225,7 +242,7 @@ class Checkpoint:
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:
-            raise UserError(f"the tokenizer in {self.folder} does not load", str(error).strip().splitlines()[0]) from error
+            raise UserError(f"the tokenizer in {self.folder} does not load", short(error)) from error
 
     def companions(self) -> list[Path]:
         """Tokenizer and generation files that travel with the weights."""
@@ -234,11 +251,22 @@ class Checkpoint:
     @cached_property
     def lineage(self) -> dict[str, Any] | None:
         path = self.folder / LINEAGE
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_object(path) if path.is_file() else None
 
     def fingerprint(self) -> str:
         """A hash of config and weights: whole for small files, size and 64 evenly spread samples for large ones."""
         return fingerprint(self.folder / "config.json", *self.files)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not valid JSON for a checkpoint", "it holds no object", "copy or download it again")
+    return found
 
 
 def require_finite(name: str, tensor: Tensor, where: Any) -> None:
@@ -251,13 +279,16 @@ def require_finite(name: str, tensor: Tensor, where: Any) -> None:
 
 def config_of(raw: dict[str, Any]) -> Any:
     """The transformers config object of a config.json's content."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     values = {k: v for k, v in raw.items() if k not in ("model_type", "transformers_version")}
+    kind = raw["model_type"]
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        raise UserError(f"model type {kind!r} is not known to this transformers", how=did_you_mean(str(kind), CONFIG_MAPPING.keys()))
     try:
-        return AutoConfig.for_model(raw["model_type"], **values)
-    except ValueError as error:
-        raise UserError(f"model type '{raw['model_type']}' is not known to this transformers", str(error).splitlines()[0]) from None
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:  # each config class checks its values in its own way
+        raise UserError(f"the config makes no {kind} model", short(error)) from error
 
 
 def model_class(config: Any) -> Any:
@@ -265,8 +296,8 @@ def model_class(config: Any) -> Any:
     import transformers
 
     for name in getattr(config, "architectures", None) or []:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        if isinstance(found := getattr(transformers, name, None), type):
+            return found
     try:
         return transformers.AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
@@ -275,8 +306,12 @@ def model_class(config: Any) -> Any:
 
 def skeleton(config: Any) -> Any:
     """The stock model of a config on the meta device."""
-    with torch.device("meta"):
-        return model_class(config)._from_config(config)
+    cls = model_class(config)
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config)
+    except Exception as error:  # a value that no check of the config caught
+        raise UserError(f"the config makes no {config.model_type} model", f"{type(error).__name__}: {short(error)}") from error
 
 
 def disk_shapes(config: Any) -> dict[str, tuple[int, ...]]:

@@ -29,4 +29,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if near:
         return f"did you mean '{near[0]}'?"
-    return "known: " + ", ".join(known) if known else "none is known here"
+    return "known: " + ", ".join(known) if 0 < len(known) <= 20 else ""
+
+
+def short(error: BaseException) -> str:
+    """An exception's message as part of one sentence."""
+    return " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__

@@ -26,8 +26,10 @@ def capture(
     def post(module: nn.Module, args: tuple, output: Any) -> None:
         visit(module, _first(output).detach())
 
-    handles = [m.register_forward_pre_hook(pre, with_kwargs=True) if side == "input" else m.register_forward_hook(post) for m in modules]
+    handles: list[Any] = []
     try:
+        for m in modules:
+            handles.append(m.register_forward_pre_hook(pre, with_kwargs=True) if side == "input" else m.register_forward_hook(post))
         yield
     finally:
         for h in handles:

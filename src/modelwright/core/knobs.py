@@ -4,6 +4,7 @@ The command line, the recipe, `show` and the docs are read off the same dataclas
 recipe is checked in a fraction of a second.
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -11,12 +12,13 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from modelwright.core.errors import UserError, did_you_mean
 
-_SUFFIX = {"k": 1e3, "m": 1e6, "b": 1e9}
+_SUFFIX = {"k": 10**3, "m": 10**6, "b": 10**9}
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(?<!\.txt)(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
 
 
@@ -24,10 +26,9 @@ def knob(default: Any = MISSING, help: str = "", *, low: float | None = None, hi
     """One setting: default, meaning with its unit, inclusive bounds, and whether it names a file or folder."""
     meta = {"help": help, "low": low, "high": high, "path": path}
     if isinstance(default, (list, dict)):
-        copy = default
-        return dataclasses.field(default_factory=lambda: type(copy)(copy), metadata=meta)
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=meta)
     if dataclasses.is_dataclass(default) and not isinstance(default, type):
-        return dataclasses.field(default_factory=lambda: default, metadata=meta)
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -70,7 +71,7 @@ def number(value: Any) -> float:
     if isinstance(value, str):
         text = value.strip().replace("_", "")
         if text[-1:].lower() in _SUFFIX:
-            return float(text[:-1]) * _SUFFIX[text[-1].lower()]
+            return float(Decimal(text[:-1]) * _SUFFIX[text[-1].lower()])
         return float(text)
     return float(value)
 
@@ -134,7 +135,7 @@ def _coerce(kind: Any, value: Any, where: str, root: Path) -> Any:
     if kind in (int, float):
         try:
             n = number(value)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, InvalidOperation):
             raise _wrong(where, kind, value) from None
         if not math.isfinite(n) or (kind is int and n != int(n)):
             raise _wrong(where, kind, value)

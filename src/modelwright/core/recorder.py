@@ -7,11 +7,13 @@ resumable state covers); `close()` joins them.
 """
 
 import glob
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import parquet
 from torch import Tensor
 
@@ -80,8 +82,13 @@ class Recorder:
         self.file, self.parts = Path(file), Path(file).with_suffix(".parts")
         self.parts.mkdir(parents=True, exist_ok=True)
         for part in self._found():
-            if int(part.stem) > resume_step:
+            if not 0 < int(part.stem) <= resume_step or self.file.exists():
                 part.unlink()
+        if self.file.exists():  # closed before: the whole table becomes the first part again
+            table = parquet.read_table(self.file)
+            if resume_step:
+                self._write(table.filter(pc.less_equal(table["step"], resume_step)), self.parts / f"{resume_step:09d}.parquet")
+            self.file.unlink()
         self.meter = Meter()
         self._steps: list[tuple[int, float, Any, Any, Any]] = []
         self._evals: list[dict[str, Any]] = []
@@ -116,12 +123,12 @@ class Recorder:
 
     def close(self, step: int) -> Path:
         """Join all parts into the one file."""
+        if not self.parts.exists() and not self._steps and not self._evals:
+            return self.file
         self.flush(step)
         tables = [parquet.read_table(p) for p in self._found()]
         self._write(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), self.file)
-        for p in self._found():
-            p.unlink()
-        self.parts.rmdir()
+        shutil.rmtree(self.parts)
         return self.file
 
     @staticmethod

@@ -1,6 +1,9 @@
 """From data to token rows: reading, chat rendering, packing, masks. What is cut or padded is counted, never silent."""
 
+import csv
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.knobs import Data
 
 IGNORE = -100
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _TEXT = {".txt", ".md", ".py", ".rst", ".tex", ".html"}
 
 
@@ -70,7 +74,7 @@ def read(data: Data) -> list[Any]:
         documents = [path.read_text(encoding="utf-8", errors="replace")]
     elif path.is_file():
         documents = _column(_table(path), data, path)
-    elif path.is_absolute() or path.suffix or str(path).startswith("."):
+    elif path.is_absolute() or path.suffix or data.path.startswith("."):
         raise UserError(f"no data at {path}", how="check the path")
     else:
         documents = _column(_hub(data), data, path)
@@ -80,86 +84,119 @@ def read(data: Data) -> list[Any]:
     return documents[: data.limit]
 
 
-def _table(path: Path) -> Any:
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-    from pyarrow import json as pa_json
+Table = tuple[list[str], Callable[[str], list[Any]]]  # column names, and a column's values
 
+
+def _table(path: Path) -> Table:
     if path.stat().st_size == 0:
         raise UserError(f"{path} is empty", how="give data with at least one row")
     try:
         if path.suffix == ".parquet":
-            return parquet.read_table(path)
-        if path.suffix == ".csv":
-            return csv.read_csv(path)
-        if path.suffix == ".json":
-            return pa.Table.from_pylist(json.loads(path.read_text(encoding="utf-8")))
-        if path.suffix == ".jsonl":
-            return pa_json.read_json(path)
-    except (pa.ArrowInvalid, ValueError, AttributeError) as error:
+            from pyarrow import parquet
+
+            return parquet.read_schema(path).names, lambda name: parquet.read_table(path, columns=[name]).column(name).to_pylist()
+        with open(path, encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                csv.field_size_limit(1 << 30)
+                return _rows(list(csv.DictReader(file, strict=True)), path)
+            if path.suffix == ".jsonl":
+                return _rows([json.loads(line) for line in file if line.strip()], path)
+            if path.suffix == ".json":
+                return _rows(json.load(file), path)
+    except (ValueError, csv.Error, RecursionError) as error:  # pyarrow's ArrowInvalid is a ValueError
         raise UserError(f"{path} does not parse", str(error).splitlines()[0]) from None
     raise UserError(f"{path} has an unknown ending '{path.suffix}'", "text, jsonl, json, csv and parquet are read", "convert or rename it")
 
 
-def _hub(data: Data) -> Any:
+def _rows(rows: Any, path: Path) -> Table:
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
+        raise UserError(f"{path} does not parse as a table", "it must hold a list of objects", "write one object per row")
+    if path.suffix == ".csv":
+        if uneven := [i + 2 for i, r in enumerate(rows) if None in r or None in r.values()]:
+            raise UserError(
+                f"{path} does not parse", f"row {uneven[0]} has another number of columns than the head", "quote commas in the text"
+            )
+        for name in rows[0] if rows else ():
+            if all(_NUMBER.fullmatch(r[name]) for r in rows):
+                rows = [r | {name: int(r[name]) if r[name].isdigit() else float(r[name])} for r in rows]
+    if not rows:
+        raise UserError(f"{path} holds no text", "it has no rows", "give data with at least one row")
+    return list(dict.fromkeys(k for r in rows for k in r)), lambda name: [r.get(name) for r in rows]
+
+
+def _hub(data: Data) -> Table:
     from datasets import load_dataset
 
     try:
-        return load_dataset(data.path, split=data.split).with_format("arrow")[:]
+        rows = load_dataset(data.path, split=data.split)
+        return rows.column_names, lambda name: list(rows[name])
     except Exception as error:
         raise UserError(
             f"{data.path} is neither a file nor a hub dataset that can be fetched", str(error).strip().splitlines()[0]
         ) from None
 
 
-def _column(table: Any, data: Data, path: Path) -> list[Any]:
-    names = table.column_names
-    name = (
-        data.column or next((n for n in ("text", "messages", "input_ids") if n in names), None) or (names[0] if len(names) == 1 else None)
-    )
+def _column(table: Table, data: Data, path: Path) -> list[Any]:
+    names, values_of = table
+    usual = next((n for n in ("text", "messages", "input_ids") if n in names), None)
+    name = data.column or usual or (names[0] if len(names) == 1 else None)
     if name is None:
         raise UserError(f"{path} has several columns", f"they are {', '.join(names)}", "say which one: data: {path: ..., column: NAME}")
     if name not in names:
         raise UserError(f"{path} has no column '{name}'", how=did_you_mean(name, names))
-    values = table.column(name).to_pylist()
-    kind = next((type(v) for v in values if v is not None), None)
-    if kind not in (str, list, None):
-        raise UserError(
-            f"column '{name}' of {path} holds {kind.__name__} values", "text, messages or token ids are needed", "choose another column"
-        )
+    values = [v for v in values_of(name) if v is not None]
+    _one_kind(values, f"column '{name}' of {path}")
     return values
+
+
+def _one_kind(values: list[Any], where: str) -> str:
+    kinds = {_kind(v) for v in values if not isinstance(v, (str, list)) or len(v)}
+    if len(kinds) > 1 or kinds - {"text", "token ids", "messages"}:
+        raise UserError(f"{where} holds {' and '.join(sorted(kinds))}", "text, messages or token ids are needed", "choose another column")
+    return next(iter(kinds), "text")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, list) and all(type(v) is int for v in value):
+        return "token ids"
+    if isinstance(value, list) and all(isinstance(v, dict) for v in value):
+        return "messages"
+    return f"lists of {type(value[0]).__name__} values" if isinstance(value, list) else f"{type(value).__name__} values"
 
 
 def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
     """Token ids of a chat by the tokenizer's template, and a mask that is true on what the assistant says."""
     if not getattr(tokenizer, "chat_template", None):
         raise UserError("the tokenizer has no chat template", "the data holds messages", "use a chat model's tokenizer, or a text column")
+    for i, message in enumerate(messages):
+        if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            raise UserError(f"message {i} of a chat lacks role or content", f"it has {', '.join(map(str, message))}", "give both as text")
     ids: list[int] = []
     mask: list[bool] = []
-    for i, message in enumerate(messages):
-        if set(message) < {"role", "content"}:
-            raise UserError(f"message {i} of a chat lacks role or content", f"it has {', '.join(message)}")
-        for upto, learnt in (
-            ((messages[:i], False), (messages[: i + 1], True)) if message["role"] == "assistant" else ((messages[: i + 1], False),)
-        ):
-            if not upto:
-                continue
-            now = tokenizer.apply_chat_template(
-                upto, add_generation_prompt=message["role"] == "assistant" and not learnt, return_dict=False
+
+    def upto(n: int, prompt: bool, learnt: bool) -> None:
+        nonlocal ids, mask
+        now = tokenizer.apply_chat_template(messages[:n], add_generation_prompt=prompt, return_dict=False)
+        if now[: len(ids)] != ids:
+            raise UserError(
+                "the chat template rewrites earlier turns", "the assistant's tokens cannot be told apart", "use another template"
             )
-            if now[: len(ids)] != ids:
-                raise UserError(
-                    "the chat template rewrites earlier turns", "the assistant's tokens cannot be told apart", "use another template"
-                )
-            mask += [learnt] * (len(now) - len(ids))
-            ids = now
+        mask += [learnt] * (len(now) - len(ids))
+        ids = now
+
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i:  # what opens the turn is given, what follows is learnt
+            upto(i, True, False)
+        upto(i + 1, False, message["role"] == "assistant" and i > 0)
     return ids, mask
 
 
 def tokenize(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> Rows:
     """Rows of `context` tokens. Texts are packed end to end with an end token between them, nothing dropped; a chat is
     one row, cut at `context` (counted in `facts`). Raises UserError for a token id that the model has no embedding for."""
-    if isinstance(documents[0], str) or isinstance(documents[0][0], int):
+    if _one_kind(documents, "the data") != "messages":
         return _pack(documents, tokenizer, vocab, context)
     kept, cut = [], 0
     for messages in documents:
@@ -177,7 +214,7 @@ def tokenize(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> 
         row = torch.tensor(ids, dtype=torch.int32)
         rows.ids[i, : len(ids)] = row
         rows.labels[i, : len(ids)] = torch.where(torch.tensor(mask), row, IGNORE)
-    _in_vocabulary(rows.ids, vocab)
+    _in_vocabulary(int(rows.ids.min()), int(rows.ids.max()), vocab)
     return _finish(rows)
 
 
@@ -189,10 +226,11 @@ def _pack(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> Row
         size = sum(len(d.encode()) for d in documents)
         documents = tokenizer(documents, add_special_tokens=False)["input_ids"]
     end = None if tokenizer is None else tokenizer.eos_token_id
-    stream = torch.tensor([i for d in documents for i in (d if end is None else [*d, end])], dtype=torch.int32)
-    if len(stream) < 2:
+    flat = [i for d in documents for i in (d if end is None or d[-1:] == [end] else [*d, end])]
+    if len(flat) < 2:
         raise UserError("the data has fewer than two tokens", "there is nothing to predict", "give more text")
-    _in_vocabulary(stream, vocab)
+    _in_vocabulary(min(flat), max(flat), vocab)
+    stream = torch.tensor(flat, dtype=torch.int32)
     n = -(-len(stream) // context)
     ids = torch.zeros(n * context, dtype=torch.int32)
     ids[: len(stream)] = stream
@@ -200,9 +238,10 @@ def _pack(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> Row
     lengths = torch.full((n,), context)
     lengths[-1] = len(stream) - (n - 1) * context
     labels = torch.where(torch.arange(context) < lengths[:, None], ids, IGNORE)
+    facts = {"documents": len(documents), "cut at the context": 0, "dropped tokens": 0}
     if n > 1 and lengths[-1] < 2:  # one token predicts nothing
-        ids, labels, lengths = ids[:-1], labels[:-1], lengths[:-1]
-    return _finish(Rows(ids, labels, lengths, size, {"documents": len(documents), "cut at the context": 0}))
+        ids, labels, lengths, facts["dropped tokens"] = ids[:-1], labels[:-1], lengths[:-1], 1
+    return _finish(Rows(ids, labels, lengths, size, facts))
 
 
 def _finish(rows: Rows) -> Rows:
@@ -212,8 +251,7 @@ def _finish(rows: Rows) -> Rows:
     return rows
 
 
-def _in_vocabulary(ids: Tensor, vocab: int) -> None:
-    top, low = int(ids.max()), int(ids.min())
+def _in_vocabulary(low: int, top: int, vocab: int) -> None:
     if top >= vocab or low < 0:
         raise UserError(
             f"token id {top if top >= vocab else low} is out of range",

@@ -7,6 +7,7 @@ processes, so 4 x 2 accumulation is 1 x 8 whatever the padding.
 
 import json
 import math
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable
@@ -120,7 +121,7 @@ class Trainer(HFTrainer):
         self.techniques, self.recorder, self.on_save = techniques, recorder, on_save
         self.terms = [LossTerm(), *(t for q in techniques for t in q.terms())]
         self.loss_is_scaled_for_ga = True
-        self.lr_used = 0.0
+        self.lr_used, self.tokens = 0.0, 0
         self._counts: dict[str, Tensor] = {}
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
@@ -132,7 +133,10 @@ class Trainer(HFTrainer):
                 break
         if batches:
             local = [torch.stack([t.count(b) for b in batches]).sum() for t in self.terms]
-            self._counts = dict(zip([t.name for t in self.terms], dist.sum_over_ranks(*local), strict=True))
+            real = [b["attention_mask"].sum() if "attention_mask" in b else torch.tensor(b["input_ids"].numel()) for b in batches]
+            *counts, seen = dist.sum_over_ranks(*local, torch.stack(real).sum())
+            self._counts = dict(zip([t.name for t in self.terms], counts, strict=True))
+            self.tokens += int(seen)
         return batches, None
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -221,10 +225,11 @@ def evaluate_rows(model: Any, rows: Rows, batch: int) -> dict[str, float]:
 
 def steps_for(rows: Rows, train: Train) -> int:
     """Optimizer steps for a token budget or a number of passes."""
-    per_step = train.batch * train.accumulate * dist.world()
-    if train.tokens:
-        return max(1, math.ceil(train.tokens / (per_step * rows.tokens / len(rows))))
-    return max(1, math.ceil(train.epochs * len(rows) / per_step))
+    per_epoch = math.ceil(math.ceil(len(rows) / (train.batch * dist.world())) / train.accumulate)
+    if not train.tokens:
+        return max(1, math.ceil(train.epochs * per_epoch - 1e-9))
+    passes, rest = divmod(train.tokens, rows.tokens)
+    return max(1, passes * per_epoch + math.ceil(rest * len(rows) / rows.tokens / (train.batch * train.accumulate * dist.world())))
 
 
 def latest_state(folder: Path) -> Path | None:
@@ -264,6 +269,9 @@ def fit(
         t.select(model, anatomy, seed)
         rows = t.prepare(rows)
     steps = steps_for(rows, train)
+    if dist.rank() == 0:
+        for cut_off in [p for p in folder.glob("checkpoint-*") if not (p / COMPLETE).is_file()]:
+            shutil.rmtree(cut_off)
     state = latest_state(folder)
     done = int(state.name.split("-")[1]) if state else 0
     recorder = Recorder(folder / "dynamics.parquet", done) if train.record and dist.rank() == 0 else None
@@ -283,7 +291,7 @@ def fit(
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
         warmup_steps=round(train.warmup * steps),
         weight_decay=train.weight_decay,
-        max_grad_norm=train.clip,
+        max_grad_norm=train.clip or math.inf,  # without a limit transformers would skip the hook that edits gradients
         seed=seed,
         data_seed=seed,
         logging_strategy="no",
@@ -314,17 +322,27 @@ def fit(
         data_collator=collate,
         techniques=techniques,
         recorder=recorder,
-        on_save=lambda: {"evals": outcome.evals, "liveness": outcome.liveness},
+        on_save=lambda: {"evals": outcome.evals, "liveness": outcome.liveness, "tokens": trainer.tokens},
         callbacks=[loop],
     )
+    trainer.tokens = saved["tokens"] if state else 0
     for name in ("PrinterCallback", "ProgressCallback"):
         for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == name]:
             trainer.remove_callback(c)
-    with _graceful(loop):
-        trainer.train(resume_from_checkpoint=str(state) if state else None)
+    if state and done >= steps:  # trained to the end, then stopped before the result was published
+        trainer._load_from_checkpoint(str(state))
+    else:
+        with _graceful(loop):
+            trainer.train(resume_from_checkpoint=str(state) if state else None)
     if loop.interrupted and trainer.state.global_step < steps:
         raise KeyboardInterrupt
-    outcome.tokens = round(steps * train.batch * train.accumulate * dist.world() * rows.tokens / len(rows))
+    outcome.tokens = trainer.tokens
+    if not outcome.liveness:
+        raise UserError(
+            "nothing was trained",
+            f"the learning rate was never above zero in {steps} steps",
+            "raise train.lr, lower train.warmup or train longer",
+        )
     if not all(math.isfinite(e["loss"]) for e in outcome.evals):
         raise UserError("the loss is not finite", "training diverged", f"lower train.lr (now {train.lr})")
     if recorder:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from modelwright.core.checkpoint import CODES, LINEAGE, Checkpoint, config_of, disk_shapes, require_finite
@@ -52,7 +53,7 @@ class Built:
 def staging(to: Path) -> Iterator[Path]:
     """A folder beside `to` that becomes `to` when the block ends well and vanishes when it does not."""
     to = Path(to)
-    if to.exists():
+    if os.path.exists(to):
         raise UserError(f"{to} exists already", "nothing is overwritten", "choose another folder or remove it")
     part = to.with_name(to.name + ".incomplete")
     with disk_errors(part):
@@ -82,7 +83,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no disk space left for {path}", how="free some or choose another folder") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
             raise UserError(f"cannot write {path}", (error.strerror or "the system refuses").lower(), "choose another folder") from error
         raise
 
@@ -132,10 +133,14 @@ def write_tensors(blueprint: Blueprint, folder: Path, shard_size: int, tick: Cal
                 place[n] = (fd, 8 + len(header) + table[n]["data_offsets"][0])
         with ThreadPoolExecutor(_WRITERS) as pool:  # writing releases the interpreter, so copies overlap with making the next tensor
             flying: deque[Future[None]] = deque()
+            seen: set[tuple[str, int | None]] = set()
             for piece in blueprint.stream():
                 name, tensor = piece[0], piece[1]
                 index = piece[2] if len(piece) == 3 else None
                 want = shapes[name] if index is None else shapes[name][1:]
+                if (name, index) in seen or index is not None and not 0 <= index < shapes[name][0]:
+                    raise RuntimeError(f"{name}[{index}] came twice or does not exist")
+                seen.add((name, index))
                 if tuple(tensor.shape) != want or tensor.dtype != blueprint.dtypes[name]:
                     raise RuntimeError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {want} {blueprint.dtypes[name]}")
                 data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -171,7 +176,12 @@ def write_model(built: Built, folder: Path, shard_size: int) -> None:
     """Write an in-memory model with its tokenizer; refuses non-finite weights."""
     for name, p in built.model.named_parameters():
         require_finite(name, p, "the result")
-    built.model.save_pretrained(folder, max_shard_size=shard_size)
+    try:
+        built.model.save_pretrained(folder, max_shard_size=shard_size)
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" in str(error):
+            raise OSError(errno.ENOSPC, "No space left on device") from error
+        raise
     if built.tokenizer is not None:
         built.tokenizer.save_pretrained(folder)
     elif built.source:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, knob
 from modelwright.core.text import read
 from modelwright.core.writer import Built
@@ -33,7 +34,18 @@ def fresh(source: None, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
     """The model and tokenizer, built in memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    tokenizer = train_tokenizer([d for d in read(knobs.data) if isinstance(d, str)], knobs.vocab, knobs.context)
+    if knobs.hidden % (2 * knobs.heads) or knobs.heads % knobs.kv_heads:
+        raise UserError(
+            f"hidden={knobs.hidden}, heads={knobs.heads} and kv_heads={knobs.kv_heads} do not fit together",
+            "each head needs an even width and each key head as many query heads",
+            "make hidden a multiple of twice the heads, and heads a multiple of kv_heads",
+        )
+    documents = read(knobs.data)
+    if not isinstance(documents[0], str):
+        raise UserError(
+            f"{knobs.data.path} holds no plain text", "a tokenizer is learnt from text", "give text, or a table with a column of text"
+        )
+    tokenizer = train_tokenizer(documents, knobs.vocab, knobs.context)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=knobs.hidden,

@@ -21,7 +21,7 @@ from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
 from modelwright.core.hooks import capture
 from modelwright.core.knobs import Data
-from modelwright.core.text import read
+from modelwright.core.text import check_vocabulary, read
 
 
 def generator(*key: Any) -> torch.Generator:
@@ -79,6 +79,7 @@ def from_data(kind: str, model: Any, tokenizer: Any, knobs: Any) -> dict[int, Te
     """Router rows per layer from prompts or texts: {layer: (E, d)}."""
     if tokenizer is None:
         raise UserError(f"router={kind} needs a tokenizer", "the base has none beside its weights")
+    check_vocabulary(tokenizer, int(model.config.vocab_size), "the base")
     if kind == "prompts":
         groups, name = knobs.prompts, "prompts"
     else:
@@ -86,6 +87,10 @@ def from_data(kind: str, model: Any, tokenizer: Any, knobs: Any) -> dict[int, Te
     if len(groups) != knobs.experts:
         raise UserError(
             f"{name} has {len(groups)} groups and there are {knobs.experts} experts", "each expert needs its own", f"give {knobs.experts}"
+        )
+    if not all(isinstance(t, str) for g in groups for t in g):
+        raise UserError(
+            "texts must hold plain text", "a file of them holds chats or token ids", "give text, or a table with a column 'text'"
         )
     if len({tuple(map(str, g)) for g in groups}) < len(groups):
         raise UserError(
@@ -143,5 +148,7 @@ def _ridge(model: Any, tokenizer: Any, groups: list[list[str]], strength: float,
     for layer, g in gram.items():
         n, d = seen[layer], len(g)
         scale = float(g.diagonal().mean()) / n  # lambda in units of the mean squared state
-        rows[layer] = torch.linalg.solve(g / n + strength * scale * torch.eye(d, dtype=torch.float64), target[layer] / n).T.float()
+        ridge = g / n + strength * scale * torch.eye(d, dtype=torch.float64)
+        # where lambda is 0, directions that fp32 states do not show get no weight
+        rows[layer] = (torch.linalg.pinv(ridge, rtol=1e-10, hermitian=True) @ target[layer] / n).T.float()
     return rows

@@ -107,7 +107,7 @@ def choose(source: Checkpoint, anatomy: Anatomy, experts: int, top_k: int, wante
     if mixed:
         exact = [t for t in exact if t == "qwen2_moe"]
     elif window:
-        exact = [t for t in exact if t in ("mixtral", "qwen3_moe")]
+        exact = [t for t in exact if t in ("mixtral", "qwen2_moe", "qwen3_moe")]
     if not exact:
         raise UserError(
             f"no stock class holds this {kind} model exactly",
@@ -123,6 +123,10 @@ def choose(source: Checkpoint, anatomy: Anatomy, experts: int, top_k: int, wante
 
 def _refuse(anatomy: Anatomy, kind: str) -> None:
     name = type(anatomy.model).__name__
+    if not name.endswith("ForCausalLM") and not any(b.stack == "encoder" for b in anatomy.blocks) and kind != "gpt2":
+        raise UserError(
+            f"{name} is no language model", "it has no head that predicts tokens", "give the causal language model of this family"
+        )
     if anatomy.experts:
         raise UserError(f"{name} is a mixture of experts already", how="give a dense checkpoint")
     ffn, roles = anatomy.ffn(anatomy.blocks[0]), {p.role for p in anatomy}
@@ -190,7 +194,8 @@ def _target(model_type: str, c: Any, views: dict[str, Any], experts: int, top_k:
         if model_type == "qwen2_moe":
             shared = min(128, width)  # the class wants one; its down_proj starts at zero, so it is silent until trained
             fields |= {"shared_expert_intermediate_size": shared, "qkv_bias": "q.bias" in views}
-            fields |= {"layer_types": raw["layer_types"]} if mixed else {}
+            types = ["sliding_attention" if window else "full_attention"] * c.num_hidden_layers
+            fields |= {"layer_types": raw["layer_types"] if mixed else types}
         else:
             fields |= {"attention_bias": "q.bias" in views}
     else:

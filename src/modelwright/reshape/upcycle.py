@@ -58,9 +58,14 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
     """The upcycled checkpoint as a blueprint, and what it promises: 'same function' or 'changed function'."""
     if knobs.top_k > knobs.experts:
         raise UserError(f"top_k={knobs.top_k} but there are {knobs.experts} experts", how="lower top_k or raise experts")
+    for name, routers in (("prompts", ["prompts"]), ("negatives", ["prompts"]), ("texts", ["text", "ridge"])):
+        if getattr(knobs, name) and knobs.router not in routers:
+            raise UserError(
+                f"{name} is given and router={knobs.router} does not use it", how=f"set router={routers[0]}, or leave {name} out"
+            )
     anatomy = Anatomy(source.skeleton)
     target = choose(source, anatomy, knobs.experts, knobs.top_k, knobs.target)
-    sources = [source, *_others(source, knobs)]
+    sources = [source, *_others(source, knobs, target)]
     rows = {}
     if knobs.router in ("prompts", "text", "ridge"):
         rows = from_data(knobs.router, source.model(torch.float32), source.tokenizer(), knobs)
@@ -68,7 +73,8 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
     def stream() -> Iterator[Any]:
         yield from _dense(sources, anatomy)
         for b in anatomy.blocks:
-            ffns = [_matrices(s, anatomy.ffn(b)) for s in sources]
+            dtype = source.dtype(anatomy.ffn(b).down.name)
+            ffns = [_matrices(s, anatomy.ffn(b), dtype) for s in sources]
             means = []
             for e in range(knobs.experts):
                 expert = _expert(ffns[e * len(ffns) // knobs.experts], knobs, seed, b.index, e)
@@ -81,7 +87,7 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
                 else from_gates(torch.stack(means), knobs.router_std)
                 if means
                 else plain_router(
-                    "uniform" if knobs.compat == "official" else knobs.router,
+                    "uniform" if knobs.compat == "official" and knobs.router == "normal" else knobs.router,
                     seed,
                     b.index,
                     knobs.experts,
@@ -94,11 +100,21 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
 
     same = knobs.method == "sparse" or knobs.method in ("noise", "drop") and knobs.ratio == 0 or knobs.method == "noise" and knobs.std == 0
     facts = {"target": target.model_type, "method": knobs.method, "router": knobs.router, "sources": len(sources)}
+    if (
+        "longrope" in str(source.config.get("rope_scaling") or source.config.get("rope_parameters"))
+        and source.config["model_type"] == "phi3"
+    ):
+        facts["note"] = "logits are equal at every length, but Phi-3 drops its cache where longrope switches, and Mixtral keeps it"
     blueprint = Blueprint(_config(target), _dtypes(source, anatomy, target, knobs.experts), stream, source, facts)
     return blueprint, "same function" if same else "changed function"
 
 
-def _others(source: Checkpoint, knobs: Knobs) -> list[Checkpoint]:
+# settings of a checkpoint that its function does not depend on
+_FREE = {"dtype", "transformers_version", "initializer_range", "use_cache", "attention_dropout", "max_position_embeddings"}
+_FREE |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def _others(source: Checkpoint, knobs: Knobs, target: Target) -> list[Checkpoint]:
     if (knobs.method == "btx") != bool(knobs.others):
         raise UserError(
             "btx needs 'others'" if knobs.method == "btx" else "'others' is for method=btx",
@@ -121,15 +137,22 @@ def _others(source: Checkpoint, knobs: Knobs) -> list[Checkpoint]:
                 raise UserError(
                     f"{other.folder} does not have the shape of {source.folder}", f"{name} differs", "mix models of one architecture"
                 )
+        theirs, ours = (_config(t) for t in (choose(other, Anatomy(other.skeleton), knobs.experts, knobs.top_k, knobs.target), target))
+        if differs := sorted(k for k in (ours.keys() | theirs.keys()) - _FREE if ours.get(k) != theirs.get(k)):
+            raise UserError(
+                f"{other.folder} computes otherwise than {source.folder}",
+                f"they differ in {', '.join(differs)}",
+                "mix models of one architecture",
+            )
     if len(found) + 1 > knobs.experts:
         raise UserError(f"{len(found) + 1} checkpoints do not fit into {knobs.experts} experts", how="raise experts")
     return found
 
 
-def _matrices(source: Checkpoint, ffn: Ffn) -> tuple[Tensor, Tensor, Tensor]:
+def _matrices(source: Checkpoint, ffn: Ffn, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """gate (F, d), up (F, d), down (d, F)."""
     assert ffn.gate is not None
-    return ffn.gate.read(source.get), ffn.up.read(source.get), ffn.down.read(source.get)
+    return ffn.gate.read(source.get).to(dtype), ffn.up.read(source.get).to(dtype), ffn.down.read(source.get).to(dtype)
 
 
 def _expert(dense: tuple[Tensor, Tensor, Tensor], knobs: Knobs, seed: int, layer: int, e: int) -> tuple[Tensor, Tensor, Tensor]:
