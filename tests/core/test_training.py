@@ -681,7 +681,8 @@ class Killer:
                 times.append(time.perf_counter())
         child.join()
         assert child.exitcode == 0
-        self.step = (times[-1] - times[0]) / max(len(times) - 1, 1)
+        if len(times) > 1:
+            self.step = (times[-1] - times[0]) / (len(times) - 1)
         return len(times)
 
     def kill(self, first: int, last: int, target: Callable[..., None], *arguments: str) -> bool:

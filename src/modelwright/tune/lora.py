@@ -12,7 +12,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 
 from modelwright.core.anatomy import Anatomy
-from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import Data, Train, knob
 from modelwright.core.training import Technique
 
@@ -29,6 +29,9 @@ class Knobs:
     roles: list[str] = knob(["attn.q", "attn.v"], "roles of the matrices that get an adapter")
 
 
+_FUSED = {"attn.q": "attn.qkv", "attn.k": "attn.qkv", "attn.v": "attn.qkv", "ffn.gate": "ffn.gate_up", "ffn.up": "ffn.gate_up"}
+
+
 class Lora(Technique):
     """Adapters on the chosen roles; everything else is frozen."""
 
@@ -39,23 +42,21 @@ class Lora(Technique):
         self.knobs = knobs
 
     def attach(self, model: Any, anatomy: Anatomy) -> Any:
+        if not self.knobs.roles:
+            raise UserError("roles is empty", "nothing would be trained", "give at least one, such as attn.q")
         modules, parameters, transposed = [], [], False
+        matrices = [p for p in anatomy if p.kind == "weight" and len(p.shape) > 1]
         for role in self.knobs.roles:
-            fused = {
-                "attn.q": "attn.qkv",
-                "attn.k": "attn.qkv",
-                "attn.v": "attn.qkv",
-                "ffn.gate": "ffn.gate_up",
-                "ffn.up": "ffn.gate_up",
-            }.get(role)
-            found = [p for p in anatomy if p.kind == "weight" and (p.role == role or p.role == fused)]
+            found = [p for p in matrices if p.role in (role, _FUSED.get(role))]
             if not found:
                 raise UserError(
-                    f"roles has '{role}'",
-                    f"{type(model).__name__} has no such matrix",
-                    did_you_mean(role, {p.role for p in anatomy if len(p.shape) > 1}),
+                    f"roles has '{role}'", f"{type(model).__name__} has no such matrix", did_you_mean(role, {p.role for p in matrices})
                 )
             for p in found:
+                if p.tied:
+                    raise UserError(
+                        f"roles has '{role}'", f"{p.name} is tied with {p.tied[0]} and an adapter would part them", "leave it out"
+                    )
                 (parameters if p.orientation == "experts" else modules).append(p.name.removesuffix(".weight"))
                 transposed |= p.orientation == "in_out"
         config = LoraConfig(
@@ -67,7 +68,12 @@ class Lora(Technique):
             target_parameters=sorted(set(parameters)) or None,
             fan_in_fan_out=transposed,
         )
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(
+                f"PEFT cannot adapt {', '.join(self.knobs.roles)} here", short(error), "choose other roles or settings"
+            ) from error
 
     def export(self, model: Any, folder: Path) -> Any:
         model.save_pretrained(folder / "adapter")
