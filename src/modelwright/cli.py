@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 from modelwright import __version__, registry
 from modelwright import recipe as recipes
-from modelwright.core.errors import UserError
+from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.knobs import default_of, flat, type_name
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
@@ -31,7 +31,10 @@ class _Group(TyperGroup):
         return [*super().list_commands(ctx), *_families()]
 
     def get_command(self, ctx: Any, name: str) -> Any:
-        return super().get_command(ctx, name) or (_family(name) if name in _families() else None)
+        known = [*super().list_commands(ctx), *_families()]
+        if name not in known:
+            raise UserError(f"unknown command '{name}'", how=did_you_mean(name, known))
+        return super().get_command(ctx, name) or _family(name)
 
 
 app = typer.Typer(
@@ -57,11 +60,9 @@ def _family(family: str) -> Any:
 
         def get_command(self, ctx: Any, name: str) -> Any:
             name = name.replace("-", "_")
-            known = [e for e in registry.ENTRIES if e.name == f"{family}.{name}"]
-            if not known:
-                return None
+            entry = registry.entry(f"{family}.{name}")
             single = typer.Typer(rich_markup_mode=None, add_completion=False)
-            single.command(name, help=f"{known[0].line}. {known[0].paper}.")(_step_command(known[0]))
+            single.command(name, help=f"{entry.line}. {entry.paper}.")(_step_command(entry))
             return typer.main.get_command(single)
 
     group.info.cls = Steps
@@ -315,11 +316,18 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     argv = [_dashes(a) for a in (sys.argv[1:] if argv is None else argv)]
     try:
-        app(argv)
+        sys.exit(app(argv, standalone_mode=False) or 0)
     except UserError as error:
         if "--json" in argv:
             _print_json({"error": {"what": error.what, "why": error.why, "how": error.how}})
         typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(2)
+    except Exception as error:
+        if not (hasattr(error, "show") and hasattr(error, "format_message")):  # the command line's own: a misspelt option
+            raise
+        if "--json" in argv:
+            _print_json({"error": {"what": error.format_message(), "why": "", "how": ""}})
+        typer.secho(f"error: {error.format_message()}", fg="red", err=True)
         sys.exit(2)
 
 

@@ -63,6 +63,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen: set = set()
     for key, _ in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":
+            continue
         name = loader.construct_object(key)
         if name in seen:
             raise UserError(f"key '{name}' stands twice (line {key.start_mark.line + 1})", how="keep one")

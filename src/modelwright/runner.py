@@ -23,6 +23,7 @@ from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, paths, plain
 from modelwright.core.progress import Progress, Silent
 from modelwright.core.report import Report
+from modelwright.core.text import check_vocabulary
 from modelwright.core.writer import Blueprint, Built, disk_errors, staging, write_card, write_lineage, write_model, write_tensors
 from modelwright.recipe import Recipe, Step, check, parse
 
@@ -243,6 +244,8 @@ def _curate(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
 def _reshape(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
     save, knobs = r.recipe.save, _with_dataset(r, step.knobs)
     source = Checkpoint(r.checkpoint) if r.checkpoint and "checkpoint" in step.entry.takes else None
+    if source:
+        check_vocabulary(source.tokenizer(), int(source.hf_config.get_text_config().vocab_size), source.folder)
     with r.progress.task(f"{step.entry.name}: plan"):
         made, promise = registry.load(step.entry)(source, knobs, r.recipe.seed)
     shutil.rmtree(folder / "result", ignore_errors=True)

@@ -30,7 +30,10 @@ Piece = tuple[str, Tensor] | tuple[str, Tensor, int]  # name, values, and for a 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A checkpoint to be: config, the dtype of each tensor, and a stream of its values."""
+    """A checkpoint to be: config, the dtype of each tensor, and a stream of its values.
+
+    Tensors are written by other threads while the stream goes on: a tensor must not be changed once it was given.
+    """
 
     config: dict[str, Any]
     dtypes: dict[str, torch.dtype]
