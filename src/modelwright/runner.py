@@ -156,6 +156,8 @@ def _run_steps(r: _Run, to: Path) -> Result:
                 "seconds": round(time.perf_counter() - began, 2),
             }
             _write_json(folder / "done.json", entry)
+        for state in folder.glob("checkpoint-*"):  # kept until the step is done, so that a stop never costs training
+            shutil.rmtree(state)
         if "checkpoint" in step.entry.gives:
             r.checkpoint = folder / "result"
         if "dataset" in step.entry.gives:
@@ -318,8 +320,6 @@ def _tune(r: _Run, step: Step, folder: Path) -> dict[str, Any]:
             after = Checkpoint(part, incomplete=True)
             drift = _same_when_reloaded(model, after)
             certificate = certify(source, after, "trained", mode=r.recipe.save.certificate)
-    for state in folder.glob("checkpoint-*"):
-        shutil.rmtree(state)
     return {
         "facts": {
             "data": rows.facts,

@@ -818,7 +818,8 @@ def test_ctrl_c_at_the_command_line_exits_130_and_the_same_command_continues(chi
     assert not (tmp_path / "a.run").exists()
 
 
-def test_stop_while_publishing_does_not_train_again(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["certify", "_write_json", "write_lineage"])  # in the order of the run
+def test_stop_after_training_does_not_train_again(place: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import modelwright
     from modelwright import runner
 
@@ -826,14 +827,19 @@ def test_stop_while_publishing_does_not_train_again(base: Path, tmp_path: Path, 
     data.write_text("".join(json.dumps({"input_ids": r}) + "\n" for r in rows(20, 8).ids.tolist()))
     arguments: dict[str, Any] = {"base": base, "to": tmp_path / "made", "data": Data(str(data)), "train": {"context": 8, "lr": 1e-2}}
     trained: list[int] = []
-    real = training.fit
-    monkeypatch.setattr(training, "fit", lambda *a, **k: (trained.append(1), real(*a, **k))[1])
+    real = training.Trainer.training_step
 
-    def stop(*a: Any) -> None:
+    def counted(self: Any, *a: Any, **k: Any) -> Tensor:
+        trained.append(self.state.global_step)
+        return real(self, *a, **k)
+
+    def stop(*a: Any, **k: Any) -> None:
         raise Fatal
 
+    monkeypatch.setattr(training.Trainer, "training_step", counted)
     with monkeypatch.context() as m, pytest.raises(Fatal):
-        m.setattr(runner, "write_lineage", stop)
+        m.setattr(runner, place, stop)
         modelwright.run("tune.full", **arguments)
     result = modelwright.run("tune.full", **arguments)
-    assert trained == [1] and (result.to / "steps" / "0-tune.full" / "dynamics.parquet").is_file()
+    assert trained == list(range(result.steps[0]["facts"]["steps"]))
+    assert (result.to / "steps" / "0-tune.full" / "dynamics.parquet").is_file()

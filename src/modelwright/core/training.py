@@ -30,6 +30,7 @@ from modelwright.core.text import IGNORE, Rows, collate
 
 COMPLETE = "complete.json"  # written last: a state without it was cut off while being saved
 _RECOMPUTE = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in TrainingArguments.__dataclass_fields__)
+_KEPT = 2  # resumable states
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -168,6 +169,9 @@ class Trainer(HFTrainer):
             part = folder / (COMPLETE + ".tmp")
             part.write_text(json.dumps(self.on_save() | {"step": self.state.global_step}))
             part.replace(folder / COMPLETE)
+            for old in sorted(folder.parent.glob("checkpoint-*"), key=_step)[:-_KEPT]:
+                (old / COMPLETE).unlink(missing_ok=True)  # unmarked first: a state half removed is no state
+                shutil.rmtree(old)
 
 
 class _Loop(TrainerCallback):
@@ -232,10 +236,14 @@ def steps_for(rows: Rows, train: Train) -> int:
     return max(1, passes * per_epoch + math.ceil(rest * len(rows) / rows.tokens / (train.batch * train.accumulate * dist.world())))
 
 
+def _step(state: Path) -> int:
+    return int(state.name.split("-")[1])
+
+
 def latest_state(folder: Path) -> Path | None:
     """The newest resumable state that was saved whole."""
     found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).is_file()]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    return max(found, key=_step, default=None)
 
 
 def fit(
@@ -273,7 +281,7 @@ def fit(
         for cut_off in [p for p in folder.glob("checkpoint-*") if not (p / COMPLETE).is_file()]:
             shutil.rmtree(cut_off)
     state = latest_state(folder)
-    done = int(state.name.split("-")[1]) if state else 0
+    done = _step(state) if state else 0
     recorder = Recorder(folder / "dynamics.parquet", done) if train.record and dist.rank() == 0 else None
     outcome = Outcome(steps, 0, model=model)
     if state:
@@ -297,7 +305,6 @@ def fit(
         logging_strategy="no",
         save_strategy="steps",
         save_steps=train.save_every,
-        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
