@@ -2,7 +2,7 @@
 
 W' = W + (alpha / r) B A with B zero at the start, so step 0 is the base model exactly. The paper adapts the query and value
 matrices; `roles` names any role of the role map. Where a model fuses them (GPT-2, Phi-3, GPT-NeoX) the whole fused matrix
-gets the adapter, which the report says. The result is saved merged (a plain checkpoint) with the adapter beside it.
+gets the adapter. The result is saved merged (a plain checkpoint) with the adapter beside it.
 """
 
 from dataclasses import dataclass
