@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import save
 
 import modelwright
+from common import save
 from modelwright import runner
 from modelwright.core import text
 from modelwright.core.checkpoint import Checkpoint
@@ -146,11 +146,13 @@ def run(tmp: Path, a: argparse.Namespace) -> tuple[list, str, list[str]]:
     ]
     drop = all(x < y for x, y in zip(means["drop 0.5"], means["sparse"], strict=True))
     outcome = (
-        f"Below the FLOP-matched dense control on every seed: {', '.join(better) or 'none'}. Drop-Upcycling {'is' if drop else 'is NOT'} below sparse "
-        f"upcycling on every seed ({m['drop 0.5']:.4f} against {m['sparse']:.4f}). The control with every neuron drawn again ends at {m['drop 1 (control)']:.4f}."
+        f"Below the FLOP-matched dense control on every seed: {', '.join(better) or 'none'}. "
+        f"Drop-Upcycling {'is' if drop else 'is NOT'} below sparse upcycling on every seed "
+        f"({m['drop 0.5']:.4f} against {m['sparse']:.4f}). The control with every neuron drawn again ends at {m['drop 1 (control)']:.4f}."
     )
     notes = [
-        f"{a.tokens:,} training tokens ({int(a.tokens * 4_087_808 / 3_022_848):,} for the FLOP-matched control), batch 8 x {CONTEXT}, no balance loss, mean ± sd over seeds",
+        f"{a.tokens:,} training tokens ({int(a.tokens * 4_087_808 / 3_022_848):,} for the FLOP-matched control), batch 8 x {CONTEXT}, "
+        "no balance loss, mean ± sd over seeds",
         f"learning-rate sweep on seed 0, new text: {sweep}",
         "the papers' claims are for billions of tokens; this is a tiny model and a short run",
     ]

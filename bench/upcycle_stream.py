@@ -32,10 +32,22 @@ from modelwright.core.checkpoint import config_of, skeleton
 
 MERGEKIT = "mergekit==0.1.5"
 EXPERTS, TOP_K = 4, 2
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 5632,
-         "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000,
-         "max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16",
-         "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 # Runs a command and reports on it. A process of a few MB, because a child's peak counts from what its parent held when it was started.
 LAUNCH = """
@@ -108,8 +120,12 @@ def install_mergekit(venv: Path) -> str:
         return ""
     try:
         subprocess.run([sys.executable, "-m", "venv", venv], check=True, capture_output=True, text=True)
-        subprocess.run([venv / "bin" / "pip", "install", "-q", f"torch=={torch.__version__.split('+')[0]}", MERGEKIT],
-                       check=True, capture_output=True, text=True)
+        subprocess.run(
+            [venv / "bin" / "pip", "install", "-q", f"torch=={torch.__version__.split('+')[0]}", MERGEKIT],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     except subprocess.CalledProcessError as error:
         return (error.stderr or error.stdout or str(error)).strip().splitlines()[-1]
     return ""
@@ -168,9 +184,11 @@ def spot_check(base: Path, result: Path) -> int:
     for layer in (0, 11, 21):
         at = f"model.layers.{layer}"
         for e in (0, EXPERTS - 1):
-            for dense, own, fused, rows in (("gate_proj", "w1", "gate_up_proj", slice(0, inner)),
-                                            ("up_proj", "w3", "gate_up_proj", slice(inner, None)),
-                                            ("down_proj", "w2", "down_proj", slice(None))):
+            for dense, own, fused, rows in (
+                ("gate_proj", "w1", "gate_up_proj", slice(0, inner)),
+                ("up_proj", "w3", "gate_up_proj", slice(inner, None)),
+                ("down_proj", "w2", "down_proj", slice(None)),
+            ):
                 one, all_ = f"{at}.block_sparse_moe.experts.{e}.{own}.weight", f"{at}.mlp.experts.{fused}"
                 found = stored(result, one) if one in places[result] else stored(result, all_, (e, rows))
                 assert found == stored(base, f"{at}.mlp.{dense}.weight"), (result, layer, e, dense)
@@ -205,12 +223,18 @@ def compare(work: Path, venv: Path, repetitions: int) -> None:
     plans: dict[str, list[Any]] = {
         "ours": [sys.executable, "-c", OURS, base, result],
         "ours, nothing written": [sys.executable, "-c", OURS, base],
-        "plain copy": [sys.executable, "-c", COPY, base, result, str(size)]}
+        "plain copy": [sys.executable, "-c", COPY, base, result, str(size)],
+    }
     unavailable = install_mergekit(venv)
     if not unavailable:
         expert = {"source_model": str(base), "positive_prompts": ["unused by random gates"]}
-        recipe = {"base_model": str(base), "gate_mode": "random", "dtype": "bfloat16", "experts_per_token": TOP_K,
-                  "experts": [expert] * EXPERTS}
+        recipe = {
+            "base_model": str(base),
+            "gate_mode": "random",
+            "dtype": "bfloat16",
+            "experts_per_token": TOP_K,
+            "experts": [expert] * EXPERTS,
+        }
         (work / "mergekit.yml").write_text(json.dumps(recipe))
         tool = [venv / "bin" / "mergekit-moe", work / "mergekit.yml", result, "--i-understand-this-is-not-useful-without-training"]
         plans["mergekit-moe"] = tool
@@ -218,7 +242,7 @@ def compare(work: Path, venv: Path, repetitions: int) -> None:
     runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in plans}
     arms, checked = list(plans), 0
     for round_ in range(repetitions + 1):
-        for arm in arms[round_ % len(arms):] + arms[:round_ % len(arms)]:
+        for arm in arms[round_ % len(arms) :] + arms[: round_ % len(arms)]:
             seen = measure(work, base, plans[arm])
             seen["bytes"] = sum(f.stat().st_size for f in result.glob("*.safetensors"))
             if round_:
@@ -236,8 +260,19 @@ def report(runs: dict[str, list[dict[str, Any]]], shard: int, size: int, checked
     def of(arm: str, what: str, unit: float = 1) -> str:
         return spread([r[what] / unit for r in runs[arm]])
 
-    rows = [[arm, of(arm, "wall"), of(arm, "synced"), of(arm, "cpu"), of(arm, "peak", 1e9), spread(ratio(arm, "plain copy", "wall")),
-             of(arm, "from_disk", 1e9), f"{seen[0]['bytes'] / 1e9:.2f}"] for arm, seen in runs.items()]
+    rows = [
+        [
+            arm,
+            of(arm, "wall"),
+            of(arm, "synced"),
+            of(arm, "cpu"),
+            of(arm, "peak", 1e9),
+            spread(ratio(arm, "plain copy", "wall")),
+            of(arm, "from_disk", 1e9),
+            f"{seen[0]['bytes'] / 1e9:.2f}",
+        ]
+        for arm, seen in runs.items()
+    ]
     against = ""
     if unavailable:
         rows.append(["mergekit-moe", f"could not be installed: {unavailable}", *[""] * 6])
@@ -252,27 +287,34 @@ def report(runs: dict[str, list[dict[str, Any]]], shard: int, size: int, checked
     free, load = ([r[what] for seen in runs.values() for r in seen] for what in ("free", "load"))
     in_round = list(zip(runs["ours"], runs["ours, nothing written"], runs["plain copy"], strict=True))
     own = {what: [(ours[what] - start[what]) / copy[what] for ours, start, copy in in_round] for what in ("wall", "cpu")}
-    notes = [f"Base: {size / 1e6:.0f} MB in shards of at most {shard / 1e6:.0f} MB; the memory goal is counted in the largest.",
-             "Before each run all memory is filled with page cache, of the files it reads last, and pending writes are synced. "
-             f"At most {max(free) / 1e6:.0f} MB were free then, the load average of {os.cpu_count()} cores was {spread(load)}, and the "
-             f"copy ran at {spread(speeds)} GB/s. "
-             "One round of all arms goes unmeasured. One thread (OMP_NUM_THREADS=1).",
-             "wall: start to end of the process, interpreter and imports included; synced: until the disk has it all. Peak is "
-             "ru_maxrss, which counts pages of memory-mapped files too. Cells are median (min to max); ratios are taken within a round.",
-             f"Inside ours, seconds: imports {imports}, opening and planning {planning}, writing {writing}.",
-             f"Without what the process costs before the first tensor moves (second row), ours takes {spread(own['wall'])} times the "
-             f"copy's wall time and {spread(own['cpu'])} times its CPU time.",
-             f"{checked} tensors of ours{'' if unavailable else ' and of mergekit'} equal the dense model's byte for byte "
-             "(experts, attention, embedding, head)."]
+    notes = [
+        f"Base: {size / 1e6:.0f} MB in shards of at most {shard / 1e6:.0f} MB; the memory goal is counted in the largest.",
+        "Before each run all memory is filled with page cache, of the files it reads last, and pending writes are synced. "
+        f"At most {max(free) / 1e6:.0f} MB were free then, the load average of {os.cpu_count()} cores was {spread(load)}, and the "
+        f"copy ran at {spread(speeds)} GB/s. "
+        "One round of all arms goes unmeasured. One thread (OMP_NUM_THREADS=1).",
+        "wall: start to end of the process, interpreter and imports included; synced: until the disk has it all. Peak is "
+        "ru_maxrss, which counts pages of memory-mapped files too. Cells are median (min to max); ratios are taken within a round.",
+        f"Inside ours, seconds: imports {imports}, opening and planning {planning}, writing {writing}.",
+        f"Without what the process costs before the first tensor moves (second row), ours takes {spread(own['wall'])} times the "
+        f"copy's wall time and {spread(own['cpu'])} times its CPU time.",
+        f"{checked} tensors of ours{'' if unavailable else ' and of mergekit'} equal the dense model's byte for byte "
+        "(experts, attention, embedding, head).",
+    ]
     if not unavailable:
         notes.append(f"mergekit in its own environment: {mergekit_versions(venv)}.")
-    save("upcycle_stream", claim="Upcycling a 1.1B Llama to 4 experts peaks at no more than twice the base's largest shard + 700 MB "
-         "and takes no more than 1.3 times a plain copy of the result",
-         outcome=f"Memory {'met' if peak <= allowed else 'missed'}: at most {peak / 1e6:.0f} MB of {allowed / 1e6:.0f} MB. "
-                 f"Time {'met' if slower <= 1.3 else 'missed'}: {slower:.2f} times the copy, {statistics.median(own['wall']):.2f} without "
-                 f"start-up.{against}",
-         columns=["arm", "wall s", "synced s", "CPU s", "peak RSS GB", "wall / copy", "GB read from disk", "GB written"],
-         rows=rows, seeds=[0], notes=notes)
+    save(
+        "upcycle_stream",
+        claim="Upcycling a 1.1B Llama to 4 experts peaks at no more than twice the base's largest shard + 700 MB "
+        "and takes no more than 1.3 times a plain copy of the result",
+        outcome=f"Memory {'met' if peak <= allowed else 'missed'}: at most {peak / 1e6:.0f} MB of {allowed / 1e6:.0f} MB. "
+        f"Time {'met' if slower <= 1.3 else 'missed'}: {slower:.2f} times the copy, {statistics.median(own['wall']):.2f} without "
+        f"start-up.{against}",
+        columns=["arm", "wall s", "synced s", "CPU s", "peak RSS GB", "wall / copy", "GB read from disk", "GB written"],
+        rows=rows,
+        seeds=[0],
+        notes=notes,
+    )
 
 
 if __name__ == "__main__":

@@ -155,11 +155,18 @@ def test_check_finds_what_run_finds(recipe: Callable[..., Path], refuse: Refuse,
     refuse("check", recipe(text), words=words)
 
 
-@pytest.mark.parametrize("assignment, words", [
-    ("seed", ["--set seed", "'='"]), ("sede=3", ["sede", "did you mean 'seed'?"]), ("steps.7.experts=4", ["names no step", "1 step"]),
-    ("steps.0.expert=4", ["expert", "did you mean 'experts'?"]), ("steps.0.experts=[", ["not valid YAML"]),
-    ("save.shard_size=5", ["shard_size=5"]), ("steps.0.experts.deep=4", ["experts", "plain value"]),
-])
+@pytest.mark.parametrize(
+    "assignment, words",
+    [
+        ("seed", ["--set seed", "'='"]),
+        ("sede=3", ["sede", "did you mean 'seed'?"]),
+        ("steps.7.experts=4", ["names no step", "1 step"]),
+        ("steps.0.expert=4", ["expert", "did you mean 'experts'?"]),
+        ("steps.0.experts=[", ["not valid YAML"]),
+        ("save.shard_size=5", ["shard_size=5"]),
+        ("steps.0.experts.deep=4", ["experts", "plain value"]),
+    ],
+)
 def test_bad_override_is_one_sentence(recipe: Callable[..., Path], refuse: Refuse, assignment: str, words: list[str]) -> None:
     refuse("run", recipe(HEAD + STEP), "--set", assignment, words=words)
 
@@ -169,21 +176,34 @@ def test_missing_recipe_is_one_sentence(refuse: Refuse) -> None:
 
 
 # ---- the command itself ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("argv, words", [
-    (["--exprts", "4"], ["--exprts", "--experts"]), (["--seed", "x"], ["--seed"]),
-    (["--router-std", "wide"], ["router_std='wide'", "number"]),
-    (["--save", "shard_sise=3000000"], ["save.shard_sise", "did you mean 'shard_size'?"]),
-    (["--target", "mixtrall"], ["target='mixtrall'", "did you mean 'mixtral'?"]),
-    (["--prompts", "[a"], ["--prompts", "not valid YAML"]), (["--top-k"], ["--top-k"]), (["extra"], ["extra"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--exprts", "4"], ["--exprts", "--experts"]),
+        (["--seed", "x"], ["--seed"]),
+        (["--router-std", "wide"], ["router_std='wide'", "number"]),
+        (["--save", "shard_sise=3000000"], ["save.shard_sise", "did you mean 'shard_size'?"]),
+        (["--target", "mixtrall"], ["target='mixtrall'", "did you mean 'mixtral'?"]),
+        (["--prompts", "[a"], ["--prompts", "not valid YAML"]),
+        (["--top-k"], ["--top-k"]),
+        (["extra"], ["extra"]),
+    ],
+)
 def test_bad_option_is_one_sentence(tiny: Tiny, refuse: Refuse, argv: list[str], words: list[str]) -> None:
     refuse(*upcycle(tiny("llama")), *argv, words=words)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["reshap"], ["reshap"]), (["reshape", "upcyle", "--to", "out"], ["upcyle"]), (["reshape", "upcycle", "--to", "out"], ["--base"]),
-    (["run"], ["recipe"]), (["show", "reshape.upcyle"], ["did you mean 'reshape.upcycle'?"]), (["new", "nothing", "x"], ["nothing"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["reshap"], ["reshap"]),
+        (["reshape", "upcyle", "--to", "out"], ["upcyle"]),
+        (["reshape", "upcycle", "--to", "out"], ["--base"]),
+        (["run"], ["recipe"]),
+        (["show", "reshape.upcyle"], ["did you mean 'reshape.upcycle'?"]),
+        (["new", "nothing", "x"], ["nothing"]),
+    ],
+)
 def test_bad_command_is_one_sentence(refuse: Refuse, argv: list[str], words: list[str]) -> None:
     refuse(*argv, words=words)
 
@@ -276,11 +296,18 @@ def test_more_experts_per_token_than_experts_is_one_sentence(tiny: Tiny, refuse:
     refuse(*upcycle(tiny("llama"), "--top-k", "5"), words=["top_k=5", "4 experts"])
 
 
-@pytest.mark.parametrize("kind, reason", [
-    ("gpt2", "because its feed-forward part has no gate"), ("gpt_neox", "because its feed-forward part has no gate"),
-    ("opt", "because its feed-forward part has no gate"), ("gemma2", "because it norms what attention"), ("t5_v1_1", "has an encoder"),
-    ("bert", "has an encoder"), ("mixtral", "is a mixture of experts already"),
-])
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("gpt2", "because its feed-forward part has no gate"),
+        ("gpt_neox", "because its feed-forward part has no gate"),
+        ("opt", "because its feed-forward part has no gate"),
+        ("gemma2", "because it norms what attention"),
+        ("t5_v1_1", "has an encoder"),
+        ("bert", "has an encoder"),
+        ("mixtral", "is a mixture of experts already"),
+    ],
+)
 def test_model_that_no_stock_mixture_holds_is_refused_with_the_reason(tiny: Tiny, refuse: Refuse, kind: str, reason: str) -> None:
     refuse(*upcycle(tiny(kind)), words=[FAMILIES[kind][1].__name__, reason])
 
@@ -303,8 +330,9 @@ def test_mixing_nothing_is_one_sentence(tiny: Tiny, refuse: Refuse) -> None:
 
 
 @pytest.mark.parametrize("how", ["upcycle", "tune"])
-def test_tokenizer_with_more_tokens_than_the_model_is_one_sentence(tiny: Tiny, stories: Path, tmp_path: Path, refuse: Refuse,
-                                                                   data: Callable[..., Path], how: str) -> None:
+def test_tokenizer_with_more_tokens_than_the_model_is_one_sentence(
+    tiny: Tiny, stories: Path, tmp_path: Path, refuse: Refuse, data: Callable[..., Path], how: str
+) -> None:
     folder = Path(shutil.copytree(tiny("llama"), tmp_path / "mixed"))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(stories / name, folder / name)

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from matrix import ROWS
 
+from matrix import ROWS
 from modelwright import recipe, registry
 
 ROOT = Path(__file__).parents[1]
@@ -15,10 +15,15 @@ SOURCE = ROOT / "src" / "modelwright"
 FILES = sorted(SOURCE.rglob("*.py"))
 FAMILIES = set(registry.FAMILIES)
 MAY = {  # a part of the house -> the parts it may import
-    "core": {"core"}, "moe": {"core", "moe"}, "models": {"core", "moe", "models"},
+    "core": {"core"},
+    "moe": {"core", "moe"},
+    "models": {"core", "moe", "models"},
     **{f: {"core", "moe", "models", f} for f in FAMILIES},
-    "registry": {"core"}, "recipe": {"core", "registry"}, "runner": {"core", "registry", "recipe"},
-    "scaffold": {"core", "registry"}, "preview": {"core", "registry", "recipe", "runner"},
+    "registry": {"core"},
+    "recipe": {"core", "registry"},
+    "runner": {"core", "registry", "recipe"},
+    "scaffold": {"core", "registry"},
+    "preview": {"core", "registry", "recipe", "runner"},
 }
 HEAVY_AT_HEAD = {"trl", "lightgbm", "ray", "lm_eval", "diffusers", "matplotlib", "sklearn", "scipy", "datasets", "vllm"}
 
@@ -75,15 +80,30 @@ def test_light_knobs_are_the_method_s_own(e: registry.Entry) -> None:
 
     module = importlib.import_module(e.object.split(":")[0])
     own, light = dataclasses.fields(module.Knobs), dataclasses.fields(registry.knobs(e))
-    assert [(f.name, str(f.type), str(f.default), dict(f.metadata)) for f in own] == [(f.name, str(f.type), str(f.default), dict(f.metadata)) for f in light]
+    assert [(f.name, str(f.type), str(f.default), dict(f.metadata)) for f in own] == [
+        (f.name, str(f.type), str(f.default), dict(f.metadata)) for f in light
+    ]
     assert all(f.metadata.get("help") for f in light), "every knob says what it means"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["list"], ["list", "--json"], ["check", "seedling"], ["show", "reshape.upcycle"],
-                                       ["reshape", "upcycle", "--help"], ["--version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["list"],
+        ["list", "--json"],
+        ["check", "seedling"],
+        ["show", "reshape.upcycle"],
+        ["reshape", "upcycle", "--help"],
+        ["--version"],
+    ],
+    ids=" ".join,
+)
 def test_light_commands_import_neither_torch_nor_transformers(arguments: list[str]) -> None:
-    code = ("import sys\nfrom modelwright.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code, e.code\n"
-            "heavy = {m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'numpy', 'pyarrow', 'peft'}\nassert not heavy, heavy")
+    code = (
+        "import sys\nfrom modelwright.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {m.split('.')[0] for m in sys.modules} & {'torch', 'transformers', 'numpy', 'pyarrow', 'peft'}\nassert not heavy, heavy"
+    )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from matrix import ROWS
 
 import modelwright
+from matrix import ROWS
 
 CASES = [(name, family) for name, row in ROWS.items() for family in row.families]
 
@@ -16,7 +16,9 @@ def test_method_saves_what_a_stock_class_loads(name: str, family: str, tiny, tmp
     row, knobs = ROWS[name], dict(ROWS[name].knobs)
     if row.data:
         data = tmp_path / "data.jsonl"
-        lines = [{"input_ids": [(7 * i + j) % 90 + 3 for j in range(20)]} for i in range(12)] if family else [{"text": "one two three " * 50}]
+        lines = (
+            [{"input_ids": [(7 * i + j) % 90 + 3 for j in range(20)]} for i in range(12)] if family else [{"text": "one two three " * 50}]
+        )
         data.write_text("".join(json.dumps(line) + "\n" for line in lines))
         knobs["data"] = str(data)
     base = tiny(family) if family else None

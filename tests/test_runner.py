@@ -18,9 +18,20 @@ IDS = [{"input_ids": [(5 * i + j * j) % 90 + 3 for j in range(24)]} for i in ran
 def three_steps(tmp_path: Path, tiny) -> recipe.Recipe:
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps(r) + "\n" for r in IDS))
     train = {"tokens": 256, "batch": 2, "context": 16, "save_every": 2}
-    return recipe.parse({"name": "three", "seed": 1, "base": str(tiny("llama")), "save": {"to": str(tmp_path / "out")},
-                         "steps": [{"reshape.upcycle": {"experts": 4}}, {"tune.full": {"data": "ids.jsonl", "train": train}},
-                                   {"tune.lora": {"data": "ids.jsonl", "train": train, "r": 2}}]}, tmp_path)
+    return recipe.parse(
+        {
+            "name": "three",
+            "seed": 1,
+            "base": str(tiny("llama")),
+            "save": {"to": str(tmp_path / "out")},
+            "steps": [
+                {"reshape.upcycle": {"experts": 4}},
+                {"tune.full": {"data": "ids.jsonl", "train": train}},
+                {"tune.lora": {"data": "ids.jsonl", "train": train, "r": 2}},
+            ],
+        },
+        tmp_path,
+    )
 
 
 def test_steps_feed_each_other_and_leave_one_plain_folder(three_steps: recipe.Recipe, tiny) -> None:
@@ -38,9 +49,15 @@ def test_steps_feed_each_other_and_leave_one_plain_folder(three_steps: recipe.Re
 
 def test_the_next_result_remembers_the_steps_before(three_steps: recipe.Recipe, tmp_path: Path) -> None:
     first = runner.run_recipe(three_steps)
-    again = modelwright.run("tune.full", base=first.to, to=tmp_path / "again", data=str(tmp_path / "ids.jsonl"),
-                            train={"tokens": 64, "batch": 2, "context": 16})
-    assert [s["step"] for s in json.loads((again.to / "modelwright.json").read_text())["steps"]] == ["reshape.upcycle", "tune.full", "tune.lora", "tune.full"]
+    again = modelwright.run(
+        "tune.full", base=first.to, to=tmp_path / "again", data=str(tmp_path / "ids.jsonl"), train={"tokens": 64, "batch": 2, "context": 16}
+    )
+    assert [s["step"] for s in json.loads((again.to / "modelwright.json").read_text())["steps"]] == [
+        "reshape.upcycle",
+        "tune.full",
+        "tune.lora",
+        "tune.full",
+    ]
 
 
 def test_a_run_stopped_between_steps_continues_with_the_same_result(three_steps: recipe.Recipe, tmp_path: Path, monkeypatch) -> None:
@@ -103,7 +120,9 @@ def test_a_failed_certificate_is_not_saved_unless_told(tiny, tmp_path: Path, mon
 
 def test_json_output_has_the_certificate_at_hand(tiny, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["reshape", "upcycle", "--base", str(tiny("qwen2")), "--to", str(tmp_path / "o"), "--experts", "4", "--top-k", "2", "--json"])
+        cli.main(
+            ["reshape", "upcycle", "--base", str(tiny("qwen2")), "--to", str(tmp_path / "o"), "--experts", "4", "--top-k", "2", "--json"]
+        )
     assert not stop.value.code
     out = json.loads(capsys.readouterr().out)
     assert out["certificate"]["max_abs_dlogit"] <= 1e-4 and out["certificate"]["passed"] is True

@@ -34,7 +34,10 @@ def test_new_method_is_registered_and_parses(checkout: Path, family: str) -> Non
     sys.modules["copied_registry"] = types.ModuleType("copied_registry")
     exec((checkout / "src/modelwright/registry.py").read_text(), space)
     entry = space["entry"](f"{family}.my_method")
-    assert entry.object.startswith(f"modelwright.{family}.my_method:") and "TITLE" in (checkout / f"src/modelwright/{family}/my_method.py").read_text()
+    assert (
+        entry.object.startswith(f"modelwright.{family}.my_method:")
+        and "TITLE" in (checkout / f"src/modelwright/{family}/my_method.py").read_text()
+    )
     assert f"{family}.my_method" in (checkout / "src/modelwright/recipes/my_method.yaml").read_text()
 
 

@@ -20,8 +20,11 @@ KINDS = list(FAMILIES)
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
 DENSE = [k for k in KINDS if k not in MIXTURES]
 GATED = ["llama", "mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3", "phi3", "t5_v1_1"]
-FUSED = {"phi3": "model.layers.0.self_attn.qkv_proj", "gpt2": "transformer.h.0.attn.c_attn",
-         "gpt_neox": "gpt_neox.layers.0.attention.query_key_value"}
+FUSED = {
+    "phi3": "model.layers.0.self_attn.qkv_proj",
+    "gpt2": "transformer.h.0.attn.c_attn",
+    "gpt_neox": "gpt_neox.layers.0.attention.query_key_value",
+}
 ENCODERS = ("t5", "t5_v1_1", "bert")
 
 
@@ -88,32 +91,50 @@ def test_missing_block_is_refused() -> None:
         Anatomy(model_of("llama", device="meta")).block(2)
 
 
-@pytest.mark.parametrize("kind, path, role", [
-    ("llama", "model.layers.0.post_attention_layernorm", "norm.ffn"), ("gemma2", "model.layers.0.pre_feedforward_layernorm", "norm.ffn"),
-    ("gemma2", "model.layers.0.post_attention_layernorm", "norm.attn_post"),
-    ("gemma3", "model.layers.0.post_feedforward_layernorm", "norm.ffn_post"),
-    ("opt", "model.decoder.layers.0.final_layer_norm", "norm.ffn"), ("opt", "model.decoder.final_layer_norm", "norm.final"),
-    ("opt", "model.decoder.layers.0.self_attn_layer_norm", "norm.attn"), ("gpt_neox", "gpt_neox.final_layer_norm", "norm.final"),
-    ("t5", "decoder.block.1.layer.1.layer_norm", "norm.cross"), ("t5", "decoder.block.1.layer.2.layer_norm", "norm.ffn"),
-    ("t5", "encoder.block.1.layer.1.layer_norm", "norm.ffn"), ("t5", "encoder.final_layer_norm", "norm.final"),
-    ("bert", "bert.encoder.layer.0.output.LayerNorm", "norm.ffn_post"),
-    ("bert", "bert.encoder.layer.0.attention.output.LayerNorm", "norm.attn_post"),
-    ("bert", "bert.encoder.layer.0.attention.output.dense", "attn.o"), ("bert", "bert.encoder.layer.0.output.dense", "ffn.down"),
-    ("gpt2", "transformer.h.0.attn.c_proj", "attn.o"), ("gpt2", "transformer.h.0.mlp.c_proj", "ffn.down"),
-    ("gpt2", "transformer.wpe", "position"),
-    ("t5", "decoder.block.0.layer.1.EncDecAttention.k", "cross.k"), ("opt", "model.decoder.project_in", "embed.in"),
-    ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate", "shared.router"), ("qwen2_moe", "model.layers.0.mlp.gate", "router"),
-    ("granitemoe", "model.layers.0.block_sparse_moe.router", "router"),
-    ("granitemoeshared", "model.layers.0.shared_mlp.input_linear", "shared.gate_up"),
-])
+@pytest.mark.parametrize(
+    "kind, path, role",
+    [
+        ("llama", "model.layers.0.post_attention_layernorm", "norm.ffn"),
+        ("gemma2", "model.layers.0.pre_feedforward_layernorm", "norm.ffn"),
+        ("gemma2", "model.layers.0.post_attention_layernorm", "norm.attn_post"),
+        ("gemma3", "model.layers.0.post_feedforward_layernorm", "norm.ffn_post"),
+        ("opt", "model.decoder.layers.0.final_layer_norm", "norm.ffn"),
+        ("opt", "model.decoder.final_layer_norm", "norm.final"),
+        ("opt", "model.decoder.layers.0.self_attn_layer_norm", "norm.attn"),
+        ("gpt_neox", "gpt_neox.final_layer_norm", "norm.final"),
+        ("t5", "decoder.block.1.layer.1.layer_norm", "norm.cross"),
+        ("t5", "decoder.block.1.layer.2.layer_norm", "norm.ffn"),
+        ("t5", "encoder.block.1.layer.1.layer_norm", "norm.ffn"),
+        ("t5", "encoder.final_layer_norm", "norm.final"),
+        ("bert", "bert.encoder.layer.0.output.LayerNorm", "norm.ffn_post"),
+        ("bert", "bert.encoder.layer.0.attention.output.LayerNorm", "norm.attn_post"),
+        ("bert", "bert.encoder.layer.0.attention.output.dense", "attn.o"),
+        ("bert", "bert.encoder.layer.0.output.dense", "ffn.down"),
+        ("gpt2", "transformer.h.0.attn.c_proj", "attn.o"),
+        ("gpt2", "transformer.h.0.mlp.c_proj", "ffn.down"),
+        ("gpt2", "transformer.wpe", "position"),
+        ("t5", "decoder.block.0.layer.1.EncDecAttention.k", "cross.k"),
+        ("opt", "model.decoder.project_in", "embed.in"),
+        ("qwen2_moe", "model.layers.0.mlp.shared_expert_gate", "shared.router"),
+        ("qwen2_moe", "model.layers.0.mlp.gate", "router"),
+        ("granitemoe", "model.layers.0.block_sparse_moe.router", "router"),
+        ("granitemoeshared", "model.layers.0.shared_mlp.input_linear", "shared.gate_up"),
+    ],
+)
 def test_names_that_mean_different_things_in_different_families_are_told_apart(kind: str, path: str, role: str) -> None:
     assert Anatomy(model_of(kind, device="meta")).parts[path + ".weight"].role == role
 
 
 # ---- feed-forward views ----------------------------------------------------------------------------------------------
 def activation(kind: str, config: Any) -> Any:
-    field = {"gemma2": "hidden_activation", "gemma3": "hidden_activation", "gpt2": "activation_function", "opt": "activation_function",
-             "t5": "dense_act_fn", "t5_v1_1": "dense_act_fn"}.get(kind, "hidden_act")
+    field = {
+        "gemma2": "hidden_activation",
+        "gemma3": "hidden_activation",
+        "gpt2": "activation_function",
+        "opt": "activation_function",
+        "t5": "dense_act_fn",
+        "t5_v1_1": "dense_act_fn",
+    }.get(kind, "hidden_act")
     return ACT2FN[getattr(config, field)]
 
 
@@ -373,12 +394,18 @@ def no_blocks(layer: Any, model: Any) -> None:
     del model.model.layers
 
 
-@pytest.mark.parametrize("change, words", [
-    (wobble, (r"LlamaForCausalLM", r"model\.layers\.1\.wobble", r"\(3, 5\)")),
-    (no_ffn, ("feed-forward", r"model\.layers\.1 was not found")), (no_down, ("feed-forward", r"model\.layers\.1 was not found")),
-    (no_attention, ("attention", r"model\.layers\.1 was not found")), (no_values, ("attention", r"model\.layers\.1 was not found")),
-    (misfit, (r"model\.layers\.1", "48", "47")), (no_blocks, ("LlamaForCausalLM", "no blocks")),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (wobble, (r"LlamaForCausalLM", r"model\.layers\.1\.wobble", r"\(3, 5\)")),
+        (no_ffn, ("feed-forward", r"model\.layers\.1 was not found")),
+        (no_down, ("feed-forward", r"model\.layers\.1 was not found")),
+        (no_attention, ("attention", r"model\.layers\.1 was not found")),
+        (no_values, ("attention", r"model\.layers\.1 was not found")),
+        (misfit, (r"model\.layers\.1", "48", "47")),
+        (no_blocks, ("LlamaForCausalLM", "no blocks")),
+    ],
+)
 def test_unknown_architecture_names_what_was_not_found(change: Any, words: tuple[str, ...]) -> None:
     model = model_of("llama", device="meta")
     change(model.model.layers[1], model)

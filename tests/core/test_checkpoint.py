@@ -126,11 +126,17 @@ def test_disk_shapes_are_what_save_pretrained_writes(tiny: Tiny, kind: str) -> N
     assert disk_shapes(checkpoint.hf_config) == {n: tuple(row["shape"]) for n, row in checkpoint.table.items()}
 
 
-@pytest.mark.parametrize("kind, changes", [
-    ("llama", {"tie_word_embeddings": True}), ("gpt2", {"tie_word_embeddings": False}), ("granitemoe", {"tie_word_embeddings": True}),
-    ("mixtral", {"tie_word_embeddings": True, "num_local_experts": 7}), ("qwen2_moe", {"mlp_only_layers": [0]}),
-    ("qwen3_moe", {"attention_bias": True, "num_experts": 11}),
-])
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {"tie_word_embeddings": False}),
+        ("granitemoe", {"tie_word_embeddings": True}),
+        ("mixtral", {"tie_word_embeddings": True, "num_local_experts": 7}),
+        ("qwen2_moe", {"mlp_only_layers": [0]}),
+        ("qwen3_moe", {"attention_bias": True, "num_experts": 11}),
+    ],
+)
 def test_disk_shapes_follow_the_config(tiny: Tiny, kind: str, changes: dict[str, Any]) -> None:
     checkpoint = Checkpoint(tiny(kind, **changes))
     assert disk_shapes(checkpoint.hf_config) == {n: tuple(row["shape"]) for n, row in checkpoint.table.items()}
@@ -376,11 +382,20 @@ def test_unknown_model_type_is_refused(folder: Path, kind: Any) -> None:
     sentence(caught, str(kind))
 
 
-@pytest.mark.parametrize("changes, word", [
-    ({"num_hidden_layers": "two"}, "num_hidden_layers"), ({"rms_norm_eps": "x"}, "rms_norm_eps"), ({"num_key_value_heads": 0}, ""),
-    ({"hidden_size": 33}, "33"), ({"head_dim": 7}, "7"), ({"vocab_size": -5}, ""), ({"hidden_act": "wobble"}, "wobble"),
-    ({"rope_parameters": {"rope_type": "wobble"}}, "wobble"), ({"dtype": "float99"}, "float99"),
-])
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"num_hidden_layers": "two"}, "num_hidden_layers"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"num_key_value_heads": 0}, ""),
+        ({"hidden_size": 33}, "33"),
+        ({"head_dim": 7}, "7"),
+        ({"vocab_size": -5}, ""),
+        ({"hidden_act": "wobble"}, "wobble"),
+        ({"rope_parameters": {"rope_type": "wobble"}}, "wobble"),
+        ({"dtype": "float99"}, "float99"),
+    ],
+)
 def test_config_that_makes_no_model_is_refused(folder: Path, changes: dict[str, Any], word: str) -> None:
     edit_config(folder, **changes)
     with pytest.raises(UserError) as caught:
@@ -395,8 +410,9 @@ def test_quantized_checkpoint_is_refused(folder: Path) -> None:
     sentence(caught, str(folder))
 
 
-@pytest.mark.parametrize("name, text", [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{"),
-                                        ("tokenizer_config.json", "[]")])
+@pytest.mark.parametrize(
+    "name, text", [("tokenizer.json", "{"), ("tokenizer.json", "{}"), ("tokenizer_config.json", "{"), ("tokenizer_config.json", "[]")]
+)
 def test_damaged_tokenizer_is_refused(stories: Path, tmp_path: Path, name: str, text: str) -> None:
     for path in stories.iterdir():
         shutil.copyfile(path, tmp_path / path.name)

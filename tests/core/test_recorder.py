@@ -219,7 +219,7 @@ def test_recording_holds_no_graph() -> None:
     recorder = Recorder.__new__(Recorder)
     recorder._steps = []
     recorder.train(1, 0.1, torch.tensor([0]), torch.ones(1, requires_grad=True) * 2, torch.tensor([1]))
-    assert not recorder._steps[0][3].requires_grad
+    assert recorder._steps == [(1, 0.1, [0], [2.0], [1])]
 
 
 def test_parts_are_joined_in_order(tmp_path: Path) -> None:

@@ -46,8 +46,11 @@ def upcycled(base: Path, to: Path, experts: int = 4) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Every file of a folder but those that hold times."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.name not in ("modelwright.json", "report.json", "report.html", "done.json")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name not in ("modelwright.json", "report.json", "report.html", "done.json")
+    }
 
 
 def names(folder: Path) -> list[str]:
@@ -334,8 +337,9 @@ def negative_slice(pieces: list[Any]) -> list[Any]:
     return pieces
 
 
-@pytest.mark.parametrize("fault", [drop_last, repeat_first, other_shape, other_type, unknown_name, one_slice_twice, slice_beyond_the_end,
-                                   negative_slice])
+@pytest.mark.parametrize(
+    "fault", [drop_last, repeat_first, other_shape, other_type, unknown_name, one_slice_twice, slice_beyond_the_end, negative_slice]
+)
 def test_stream_that_does_not_fit_the_plan_raises_and_leaves_nothing(tiny: Tiny, tmp_path: Path, fault: Callable[[Any], Any]) -> None:
     plan = blueprint(tiny("granite"))
     with pytest.raises((RuntimeError, KeyError)):
@@ -382,8 +386,11 @@ def test_target_that_exists_is_refused_and_untouched(tiny: Tiny, tmp_path: Path,
 
 
 @pytest.mark.parametrize("way", ["staging", "run"])
-@pytest.mark.parametrize("path", ["file/out", "file/deep/out", "n" * 252, "n" * 300],
-                         ids=["below a file", "deep below a file", "name too long for staging", "name too long"])
+@pytest.mark.parametrize(
+    "path",
+    ["file/out", "file/deep/out", "n" * 252, "n" * 300],
+    ids=["below a file", "deep below a file", "name too long for staging", "name too long"],
+)
 def test_target_that_cannot_be_written_is_refused(tiny: Tiny, tmp_path: Path, way: str, path: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError) as caught:
@@ -466,8 +473,9 @@ def test_real_small_disk_is_seen_before_writing(tiny: Tiny, small_disk: Callable
 
 
 @pytest.mark.parametrize("size", [4_096, 65_536, *range(204_800, 246_000, 8_192)])
-def test_real_disk_that_another_process_fills_leaves_nothing(tiny: Tiny, small_disk: Callable[[int], Path],
-                                                             monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+def test_real_disk_that_another_process_fills_leaves_nothing(
+    tiny: Tiny, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
     """The space was there when it was asked for; the result needs about 220 kB, so it runs out at another file each time."""
     disk = small_disk(size)
     pretend(monkeypatch, 10**12)

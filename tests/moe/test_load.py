@@ -19,7 +19,9 @@ def test_load_counts_what_the_router_chose_and_no_padding(kind: str, tiny) -> No
     mask = (torch.arange(12) < lengths[:, None]).long()
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, output_router_logits=True).router_logits
-    want = torch.stack([torch.bincount(layer.view(3, 12, -1)[mask.bool()].topk(2).indices.flatten(), minlength=4) for layer in logits]).float()
+    want = torch.stack(
+        [torch.bincount(layer.view(3, 12, -1)[mask.bool()].topk(2).indices.flatten(), minlength=4) for layer in logits]
+    ).float()
     torch.testing.assert_close(expert_load(model, rows), want / want.sum(1, keepdim=True))
 
 

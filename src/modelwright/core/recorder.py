@@ -90,15 +90,17 @@ class Recorder:
                 self._write(table.filter(pc.less_equal(table["step"], resume_step)), self.parts / f"{resume_step:09d}.parquet")
             self.file.unlink()
         self.meter = Meter()
-        self._steps: list[tuple[int, float, Any, Any, Any]] = []
+        self._steps: list[tuple[Any, ...]] = []
         self._evals: list[dict[str, Any]] = []
 
     def _found(self) -> list[Path]:
         return sorted(self.parts.glob("*.parquet"))
 
     def train(self, step: int, lr: float, examples: Tensor, sums: Tensor, counts: Tensor) -> None:
-        """One forward pass: example ids, summed losses and learnt tokens, each (B,). Nothing is moved or waited for here."""
-        self._steps.append((step, lr, examples, sums.detach(), counts))
+        """One forward pass: example ids, summed losses and learnt tokens, each (B,). A GPU is not waited for here."""
+        # On a CPU plain numbers are kept, so that no small tensor lives between the large ones of each step.
+        kept = [t.detach() if t.is_cuda else t.tolist() for t in (examples, sums, counts)]
+        self._steps.append((step, lr, *kept))
 
     def eval(self, step: int, name: str, loss: float, tokens: int) -> None:
         """One held-out text."""
@@ -108,10 +110,10 @@ class Recorder:
         """Write what was collected up to `step` as one part."""
         rows = self._evals
         for at, lr, examples, sums, counts in self._steps:
-            means = (sums / counts.clamp(min=1)).tolist()
+            columns = [t.tolist() if isinstance(t, Tensor) else t for t in (examples, sums, counts)]
             rows += [
-                {"step": at, "kind": "train", "example": e, "loss": m, "tokens": n, "lr": lr}
-                for e, m, n in zip(examples.tolist(), means, counts.tolist(), strict=True)
+                {"step": at, "kind": "train", "example": e, "loss": total / max(n, 1), "tokens": n, "lr": lr}
+                for e, total, n in zip(*columns, strict=True)
             ]
         if self._steps:
             rows[-1]["energy_j"] = self.meter.joules()

@@ -24,7 +24,7 @@ from torch import Tensor
 from modelwright.core.checkpoint import CODES, LINEAGE, Checkpoint, config_of, disk_shapes, require_finite
 from modelwright.core.errors import UserError
 
-_WRITERS = 2
+_WRITERS = 1  # a file system serialises writes to one file; one thread is enough to overlap them with making tensors
 Piece = tuple[str, Tensor] | tuple[str, Tensor, int]  # name, values, and for a slice of dimension 0 its index
 
 
