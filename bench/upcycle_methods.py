@@ -139,14 +139,15 @@ def run(tmp: Path, a: argparse.Namespace) -> tuple[list, str, list[str]]:
         )
     sweep = "; ".join(f"{arm}: " + ", ".join(f"{lr:g} {once(arm, 0, lr)['new']:.4f}" for lr in a.lrs) for arm in best)
     m = {arm: statistics.mean(v) for arm, v in means.items()}
-    better = [
-        arm
-        for arm in ("sparse", "noise", "drop 0.5", "drop 0.5, official")
-        if all(x < y for x, y in zip(means[arm], means["dense, same FLOPs"], strict=True))
-    ]
+    mixtures = ("sparse", "noise", "drop 0.5", "drop 0.5, official")
+    below = {
+        control: [arm for arm in mixtures if all(x < y for x, y in zip(means[arm], means[control], strict=True))]
+        for control in ("dense, same tokens", "dense, same FLOPs")
+    }
     drop = all(x < y for x, y in zip(means["drop 0.5"], means["sparse"], strict=True))
     outcome = (
-        f"Below the FLOP-matched dense control on every seed: {', '.join(better) or 'none'}. "
+        f"Below the dense control of the same tokens on every seed: {', '.join(below['dense, same tokens']) or 'none'}; "
+        f"below the one of the same FLOPs: {', '.join(below['dense, same FLOPs']) or 'none'}. "
         f"Drop-Upcycling {'is' if drop else 'is NOT'} below sparse upcycling on every seed "
         f"({m['drop 0.5']:.4f} against {m['sparse']:.4f}). The control with every neuron drawn again ends at {m['drop 1 (control)']:.4f}."
     )
