@@ -322,20 +322,20 @@ def test_paths_are_seen_from_the_recipe(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("given", "want"),
     [
-        ("x.txt", "/root/x.txt"),
-        ("./x", "/root/x"),
+        ("x.txt", "/base/x.txt"),
+        ("./x", "/base/x"),
         ("../x", "/x"),
-        ("a/b/c", "/root/a/b/c"),
+        ("a/b/c", "/base/a/b/c"),
         ("/abs/x", "/abs/x"),
         ("org/name", "org/name"),
         ("name", "name"),
-        ("a/b.jsonl", "/root/a/b.jsonl"),
-        ("b.parquet", "/root/b.parquet"),
+        ("a/b.jsonl", "/base/a/b.jsonl"),
+        ("b.parquet", "/base/b.parquet"),
         (None, None),
     ],
 )
 def test_words_that_could_be_hub_ids_are_left_alone(given: Any, want: Any) -> None:
-    assert resolve(given, Path("/root")) == want
+    assert resolve(given, Path("/base")) == want
 
 
 def test_hub_like_word_that_is_a_file_here_is_that_file(tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def made_in(root: Path, **values: Any) -> tuple[Any, Any]:
 
 def test_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert resolve("~/x.txt", Path("/root")) == "/home/me/x.txt"
+    assert resolve("~/x.txt", Path("/base")) == "/home/me/x.txt"
 
 
 # ---- description -----------------------------------------------------------------------------------------------------
