@@ -283,7 +283,7 @@ def demo(
     base: Annotated[str, typer.Option("--base", help="Dense checkpoint; default: the embedded seedling.")] = "seedling",
     data: Annotated[str | None, typer.Option("--data", help="Text to learn; default: the names of Unicode's characters.")] = None,
     to: Annotated[str, typer.Option("--to", help="Folder for the result and the report.")] = "out/demo",
-    tokens: Annotated[str, typer.Option("--tokens", help="Training tokens per arm.")] = "150k",
+    tokens: Annotated[str, typer.Option("--tokens", help="Training tokens per arm.")] = "300k",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     as_json: Json = False,
 ) -> None:

@@ -30,7 +30,7 @@ _EVAL_ROWS = 16
 
 
 def run_demo(
-    *, base: str = "seedling", data: str | None = None, to: str = "out/demo", tokens: str = "150k", seed: int = 0, as_json: bool = False
+    *, base: str = "seedling", data: str | None = None, to: str = "out/demo", tokens: str = "300k", seed: int = 0, as_json: bool = False
 ) -> dict[str, Any]:
     """Run the whole job; writes `to`/moe, `to`/dense, `to`/report.html and prints the table. Returns the numbers."""
     progress = choose(as_json)
@@ -38,7 +38,7 @@ def run_demo(
     try:
         budget = int(number(tokens))
     except ValueError:
-        raise UserError(f"tokens={tokens!r} does not fit", "it must be a whole number", "write 150k") from None
+        raise UserError(f"tokens={tokens!r} does not fit", "it must be a whole number", "write 300k") from None
     source = Checkpoint(base)
     folder = _free(Path(to))
     folder.mkdir(parents=True)
