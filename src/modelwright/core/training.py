@@ -317,6 +317,10 @@ def fit(
     def evaluate(step: int) -> None:
         for name, held_out in evals.items():
             result = evaluate_rows(trainer.model, held_out, train.batch)
+            if not math.isfinite(result["loss"]):
+                for useless in folder.glob("checkpoint-*"):
+                    shutil.rmtree(useless)
+                raise UserError("the loss is not finite", f"training diverged by step {step}", f"lower train.lr (now {train.lr})")
             outcome.evals.append({"step": step, "name": name, **result})
             if recorder:
                 recorder.eval(step, name, result["loss"], int(result["tokens"]))
@@ -350,8 +354,6 @@ def fit(
             f"the learning rate was never above zero in {steps} steps",
             "raise train.lr, lower train.warmup or train longer",
         )
-    if not all(math.isfinite(e["loss"]) for e in outcome.evals):
-        raise UserError("the loss is not finite", "training diverged", f"lower train.lr (now {train.lr})")
     if recorder:
         outcome.energy_j, outcome.energy_source = recorder.meter.joules(), recorder.meter.source
         outcome.dynamics = recorder.close(steps)
