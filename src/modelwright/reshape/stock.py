@@ -123,10 +123,6 @@ def choose(source: Checkpoint, anatomy: Anatomy, experts: int, top_k: int, wante
 
 def _refuse(anatomy: Anatomy, kind: str) -> None:
     name = type(anatomy.model).__name__
-    if not name.endswith("ForCausalLM") and not any(b.stack == "encoder" for b in anatomy.blocks) and kind != "gpt2":
-        raise UserError(
-            f"{name} is no language model", "it has no head that predicts tokens", "give the causal language model of this family"
-        )
     if anatomy.experts:
         raise UserError(f"{name} is a mixture of experts already", how="give a dense checkpoint")
     ffn, roles = anatomy.ffn(anatomy.blocks[0]), {p.role for p in anatomy}
@@ -147,6 +143,10 @@ def _refuse(anatomy: Anatomy, kind: str) -> None:
         raise UserError(
             f"{name} cannot become a stock mixture of experts",
             "it norms what attention or the feed-forward part gives, and no stock class does",
+        )
+    if not name.endswith("ForCausalLM"):
+        raise UserError(
+            f"{name} is no language model", "it has no head that predicts tokens", "give the causal language model of this family"
         )
     if kind not in ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3"):
         raise UserError(
