@@ -15,16 +15,13 @@ Ours: ...
 
 from dataclasses import dataclass
 
-from modelwright.core.knobs import Data, Train, knob
+from modelwright.core.knobs import Tune
 from modelwright.core.training import Technique
 
 
 @dataclass(frozen=True)
-class Knobs:
-    data: Data = knob(Data(), "what to learn from")
-    evals: dict[str, Data] = knob({{}}, "held-out texts by name; empty: a share of the data is held out")
-    holdout: float = knob(0.05, "share of the rows held out when no evals are given", low=0, high=0.5)
-    train: Train = knob(Train(), "how long and how fast")
+class Knobs(Tune):
+    """Add the method's own."""
 
 
 class {cls}(Technique):

@@ -64,6 +64,16 @@ class Train:
     record: bool = knob(True, "write the training dynamics to dynamics.parquet")
 
 
+@dataclass(frozen=True)
+class Tune:
+    """What every way to tune asks for; a method's Knobs add its own."""
+
+    data: Data = knob(Data(), "what to learn from")
+    evals: dict[str, Data] = knob({}, "held-out texts by name; empty: a share of the data is held out")
+    holdout: float = knob(0.05, "share of the rows held out when no evals are given", low=0, high=0.5)
+    train: Train = knob(Train(), "how long and how fast")
+
+
 def number(value: Any) -> float:
     """3, "3e-4", "300k" and "1.5M" as a number."""
     if isinstance(value, bool):

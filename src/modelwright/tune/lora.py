@@ -13,16 +13,12 @@ from peft import LoraConfig, get_peft_model
 
 from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError, did_you_mean, short
-from modelwright.core.knobs import Data, Train, knob
+from modelwright.core.knobs import Tune, knob
 from modelwright.core.training import Technique
 
 
 @dataclass(frozen=True)
-class Knobs:
-    data: Data = knob(Data(), "what to learn from")
-    evals: dict[str, Data] = knob({}, "held-out texts by name; empty: a share of the data is held out")
-    holdout: float = knob(0.05, "share of the rows held out when no evals are given", low=0, high=0.5)
-    train: Train = knob(Train(), "how long and how fast")
+class Knobs(Tune):
     r: int = knob(8, "rank", low=1)
     alpha: float = knob(16.0, "scale: the update is alpha / r times B A")
     dropout: float = knob(0.0, "dropout on the adapter's input", low=0, high=1)
