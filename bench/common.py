@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from modelwright.core.checkpoint import versions
+from modelwright.core.lineage import versions
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(os.environ.get("MODELWRIGHT_DATA", Path(__file__).parents[2] / "shared" / "data"))

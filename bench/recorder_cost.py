@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common import SHARED, save
-from modelwright import runner
+from modelwright import drivers
 from modelwright.core import text
 from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.knobs import Data, Train
@@ -18,7 +18,7 @@ from modelwright.tune.full import Full, Knobs
 
 def main() -> None:
     torch.set_num_threads(1)
-    runner.calm()
+    drivers.calm()
     rows_out, worst = [], 0.0
     for name, base, column in (("stories260K", str(SHARED / "stories260K" / "hf"), None), ("seedling", "seedling", None)):
         checkpoint = Checkpoint(base)

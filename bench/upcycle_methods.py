@@ -17,7 +17,7 @@ import torch
 
 import modelwright
 from common import save
-from modelwright import runner
+from modelwright import drivers
 from modelwright.core import text
 from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.knobs import Data, Train
@@ -70,7 +70,7 @@ def main() -> None:
     args.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     a = args.parse_args()
     torch.set_num_threads(1)
-    runner.calm()
+    drivers.calm()
     with tempfile.TemporaryDirectory() as tmp:
         rows, outcome, notes = run(Path(tmp), a)
     save(

@@ -21,9 +21,10 @@ MAY = {  # a part of the house -> the parts it may import
     **{f: {"core", "moe", "models", f} for f in FAMILIES},
     "registry": {"core"},
     "recipe": {"core", "registry"},
-    "runner": {"core", "registry", "recipe"},
+    "runner": {"core", "registry", "recipe", "drivers"},
+    "drivers": {"core", "registry", "recipe", "runner"},
     "scaffold": {"core", "registry"},
-    "preview": {"core", "registry", "recipe", "runner"},
+    "preview": {"core", "registry", "recipe", "drivers"},
 }
 HEAVY_AT_HEAD = {"trl", "lightgbm", "ray", "lm_eval", "diffusers", "matplotlib", "sklearn", "scipy", "datasets", "vllm"}
 

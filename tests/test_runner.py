@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import modelwright
-from modelwright import cli, recipe, runner
+from modelwright import cli, drivers, recipe, runner
 from modelwright.core.checkpoint import Checkpoint
 
 IDS = [{"input_ids": [(5 * i + j * j) % 90 + 3 for j in range(24)]} for i in range(16)]
@@ -63,7 +63,7 @@ def test_the_next_result_remembers_the_steps_before(three_steps: recipe.Recipe, 
 def test_a_run_stopped_between_steps_continues_with_the_same_result(three_steps: recipe.Recipe, tmp_path: Path, monkeypatch) -> None:
     whole = load_file(runner.run_recipe(three_steps).to / "model.safetensors")
     (tmp_path / "out").rename(tmp_path / "whole")
-    real, calls = dict(runner._STEPS), []
+    real, calls = dict(drivers.OF), []
 
     def tune(r, step, folder):
         calls.append(step.entry.name)
@@ -75,7 +75,7 @@ def test_a_run_stopped_between_steps_continues_with_the_same_result(three_steps:
         calls.append(step.entry.name)
         return real["reshape"](r, step, folder)
 
-    monkeypatch.setattr(runner, "_STEPS", real | {"tune": tune, "reshape": reshape})
+    monkeypatch.setattr(drivers, "OF", real | {"tune": tune, "reshape": reshape})
     calls.append("start")
     with pytest.raises(RuntimeError, match="plug"):
         calls.clear()

@@ -75,21 +75,14 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
     """A function whose signature is the method's knobs."""
     P = inspect.Parameter
     params = []
-    if "checkpoint" in e.takes:
-        params.append(
-            P(
-                "base",
-                P.KEYWORD_ONLY,
-                annotation=Annotated[str, typer.Option("--base", metavar="PATH", help="Checkpoint folder or hub id.")],
-            )
-        )
-    params.append(
-        P(
-            "to",
-            P.KEYWORD_ONLY,
-            annotation=Annotated[str, typer.Option("--to", metavar="PATH", help="Folder of the result; must not exist yet.")],
-        )
-    )
+    if "checkpoint" in (*e.takes, *e.may_take):
+        base = typer.Option("--base", metavar="PATH", help="Checkpoint folder or hub id.")
+        optional = {"default": None} if "checkpoint" in e.may_take else {}
+        params.append(P("base", P.KEYWORD_ONLY, annotation=Annotated[str | None if optional else str, base], **optional))
+    remark = "must not exist yet." if e.gives else "empty: print only."
+    to = typer.Option("--to", metavar="PATH", help=f"Folder of the result; {remark}")
+    optional = {} if e.gives else {"default": None}
+    params.append(P("to", P.KEYWORD_ONLY, annotation=Annotated[str if e.gives else str | None, to], **optional))
     leaves = flat(registry.knobs(e))
     for name, f in leaves:
         flag = name.replace("_", "-")
@@ -97,6 +90,11 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
         default = default_of(f)
         meaning = f.metadata.get("help", "") + ("" if default in (None, MISSING, [], {}) else f" [{default}]") + f" ({type_name(f.type)})"
         kind = list[str] if get_origin(f.type) is list else bool if f.type is bool else str
+        if f.metadata.get("argument"):
+            required = {} if default is MISSING else {"default": None}
+            shape = typer.Argument(help=meaning, show_default=False, metavar=name.upper())
+            params.append(P(name, P.KEYWORD_ONLY, annotation=Annotated[kind | None if required else kind, shape], **required))
+            continue
         flags = [f"--{flag}/--no-{flag}"] if f.type is bool else names
         shape = {list: "YAML", dict: "YAML"}.get(get_origin(f.type)) or {int: "N", float: "X", bool: None}.get(f.type, "TEXT")
         params.append(
@@ -134,7 +132,7 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
                 at[last] = _value(kind, value, name)
         for assignment in given["save"] or []:
             recipes.override(raw, f"save.{assignment}")
-        _run(recipes.parse(raw, Path.cwd(), e.name), given["as_json"])
+        _run(recipes.parse(raw, Path.cwd(), e.name), given["as_json"], keep=bool(e.gives or given["to"]))
 
     command.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
     return command
@@ -147,18 +145,19 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     return recipes.read_yaml(value, f"--{name}") if get_origin(kind) is dict else value
 
 
-def _run(recipe: recipes.Recipe, as_json: bool, nproc: int = 1) -> None:
+def _run(recipe: recipes.Recipe, as_json: bool, keep: bool = True) -> None:
     recipes.check(recipe)
     from modelwright.core.progress import choose
     from modelwright.runner import run_recipe
 
     with _resumable():
-        result = run_recipe(recipe, choose(as_json))
+        result = run_recipe(recipe, choose(as_json), keep)
     if as_json:
         _print_json(result.plain())
     else:
         result.report.print()
-        typer.echo(f"\nresult  {result.to}\nreport  {result.to / 'report.html'}")
+        if result.to:
+            typer.echo(f"\nresult  {result.to}\nreport  {result.to / 'report.html'}")
 
 
 @contextmanager

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from modelwright import runner
+from modelwright import drivers, runner
 from modelwright.core import text
-from modelwright.core.checkpoint import Checkpoint, versions
+from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, number
+from modelwright.core.lineage import versions
 from modelwright.core.plots import number as short
 from modelwright.core.progress import choose
 from modelwright.core.report import Report, Section
@@ -34,7 +35,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Run the whole job; writes `to`/moe, `to`/dense, `to`/report.html and prints the table. Returns the numbers."""
     progress = choose(as_json)
-    runner.calm()
+    drivers.calm()
     try:
         budget = int(number(tokens))
     except ValueError:

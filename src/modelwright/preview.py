@@ -9,8 +9,8 @@ from modelwright.core.certificate import Size
 from modelwright.core.checkpoint import Checkpoint, config_of, skeleton
 from modelwright.core.knobs import Data
 from modelwright.core.writer import Blueprint
+from modelwright.drivers import calm
 from modelwright.recipe import Recipe
-from modelwright.runner import calm
 
 
 def preview(recipe: Recipe) -> list[dict[str, Any]]:

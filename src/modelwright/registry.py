@@ -15,7 +15,7 @@ from modelwright.core.knobs import knob
 
 @dataclass(frozen=True)
 class Entry:
-    """One method. `takes` and `gives` name artifacts: checkpoint, dataset, scores."""
+    """One method. `takes`, `may_take` and `gives` name artifacts: checkpoint, dataset, scores; without `gives` it only measures."""
 
     name: str
     object: str
@@ -23,6 +23,7 @@ class Entry:
     paper: str
     takes: tuple[str, ...] = ("checkpoint",)
     gives: tuple[str, ...] = ("checkpoint",)
+    may_take: tuple[str, ...] = ()
     loads_in: str = ""
 
     @property

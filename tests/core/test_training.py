@@ -818,10 +818,10 @@ def test_ctrl_c_at_the_command_line_exits_130_and_the_same_command_continues(chi
     assert not (tmp_path / "a.run").exists()
 
 
-@pytest.mark.parametrize("place", ["certify", "_write_json", "write_lineage"])  # in the order of the run
+@pytest.mark.parametrize("place", ["certify", "write_json", "write_lineage"])  # in the order of the run
 def test_stop_after_training_does_not_train_again(place: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import modelwright
-    from modelwright import runner
+    from modelwright import drivers, runner
 
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"input_ids": r}) + "\n" for r in rows(20, 8).ids.tolist()))
@@ -838,7 +838,7 @@ def test_stop_after_training_does_not_train_again(place: str, base: Path, tmp_pa
 
     monkeypatch.setattr(training.Trainer, "training_step", counted)
     with monkeypatch.context() as m, pytest.raises(Fatal):
-        m.setattr(runner, place, stop)
+        m.setattr(drivers if place == "certify" else runner, place, stop)
         modelwright.run("tune.full", **arguments)
     result = modelwright.run("tune.full", **arguments)
     assert trained == list(range(result.steps[0]["facts"]["steps"]))

@@ -3,15 +3,11 @@
 Pickle files, remote code, truncated shards, missing tensors and non-finite weights are refused with one sentence.
 """
 
-import hashlib
 import json
 import math
-import os
-import platform
 import re
 from collections import OrderedDict
 from functools import cache, cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modelwright.core.errors import UserError, did_you_mean, short
+from modelwright.core.lineage import LINEAGE, fingerprint
 
-LINEAGE = "modelwright.json"
 SEEDLING = Path(__file__).parent.parent / "data" / "seedling"
 DTYPES = {
     "F64": torch.float64,
@@ -326,37 +322,3 @@ def _disk_shapes(config_json: str) -> dict[str, tuple[int, ...]]:
     model = skeleton(config_of(json.loads(config_json)))
     state: dict[str, Tensor] = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in model.state_dict()}}
     return {n: tuple(t.shape) for n, t in revert_weight_conversion(model, state).items()}
-
-
-def fingerprint(*files: Path) -> str:
-    """sha256 over the files: whole up to 64 MB each, beyond that size, header and 64 samples of 64 KiB."""
-    digest, sampled = hashlib.sha256(), False
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}\n".encode())
-        with open(file, "rb") as f:
-            if size <= 64 << 20:
-                digest.update(f.read())
-                continue
-            sampled = True
-            for i in range(64):
-                f.seek(i * (size - (64 << 10)) // 63)
-                digest.update(f.read(64 << 10))
-    return ("sha256-sampled:" if sampled else "sha256:") + digest.hexdigest()
-
-
-def fingerprint_path(path: Path) -> str:
-    """The fingerprint of a file, or of the files of a folder."""
-    return fingerprint(*(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]))
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
-    names = ("modelwright", "torch", "transformers", "tokenizers", "safetensors", "peft", "numpy")
-    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found

@@ -22,9 +22,18 @@ _SUFFIX = {"k": 10**3, "m": 10**6, "b": 10**9}
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(?<!\.txt)(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
 
 
-def knob(default: Any = MISSING, help: str = "", *, low: float | None = None, high: float | None = None, path: bool = False) -> Any:
-    """One setting: default, meaning with its unit, inclusive bounds, and whether it names a file or folder."""
-    meta = {"help": help, "low": low, "high": high, "path": path}
+def knob(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    path: bool = False,
+    argument: bool = False,
+) -> Any:
+    """One setting: default, meaning with its unit, inclusive bounds; whether it names a file or folder, and whether the
+    command line takes it by place instead of by flag."""
+    meta = {"help": help, "low": low, "high": high, "path": path, "argument": argument}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=meta)
     if dataclasses.is_dataclass(default) and not isinstance(default, type):

@@ -5,7 +5,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from modelwright.core.certificate import Certificate
 from modelwright.core.plots import draw, number
 
 _STYLE = Path(__file__).parent.parent / "data" / "report.css"
@@ -34,9 +33,12 @@ class Report:
 
     def step(self, entry: dict[str, Any]) -> None:
         """A section from what a step left: certificate, evaluations, facts, tables, plots."""
-        s = Section(entry["step"], tables=list(entry.get("tables", [])), plots=list(entry.get("plots", [])))
+        tiles, tables, plots = (list(entry.get(k, [])) for k in ("tiles", "tables", "plots"))
+        s = Section(entry["step"], entry.get("text", ""), tiles, tables, plots)
         facts = {k: v for k, v in _leaves(entry.get("facts", {})) if v is not None}
         if entry.get("certificate"):
+            from modelwright.core.certificate import Certificate  # needs torch
+
             c = Certificate(**entry["certificate"])
             s.verdict, s.text = c.passed, _sentence(c)
             s.tables.append(
@@ -108,7 +110,7 @@ class Report:
         )
 
 
-def _sentence(c: Certificate) -> str:
+def _sentence(c: Any) -> str:
     if c.note:
         return c.note[0].upper() + c.note[1:] + "."
     if c.promise == "same function":

@@ -1,9 +1,5 @@
 """From data to token rows: reading, chat rendering, packing, masks. What is cut or padded is counted, never silent."""
 
-import csv
-import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +9,9 @@ from torch import Tensor
 
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.knobs import Data
+from modelwright.core.tables import Table, table
 
 IGNORE = -100
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _TEXT = {".txt", ".md", ".py", ".rst", ".tex", ".html"}
 
 
@@ -73,7 +69,7 @@ def read(data: Data) -> list[Any]:
     elif path.suffix in _TEXT and path.is_file():
         documents = [path.read_text(encoding="utf-8", errors="replace")]
     elif path.is_file():
-        documents = _column(_table(path), data, path)
+        documents = _column(table(path), data, path)
     elif path.is_absolute() or path.suffix or data.path.startswith("."):
         raise UserError(f"no data at {path}", how="check the path")
     else:
@@ -82,46 +78,6 @@ def read(data: Data) -> list[Any]:
     if not documents:
         raise UserError(f"{path} holds no text", "every row is empty" if path.exists() else "", "give data with at least one row")
     return documents[: data.limit]
-
-
-Table = tuple[list[str], Callable[[str], list[Any]]]  # column names, and a column's values
-
-
-def _table(path: Path) -> Table:
-    if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty", how="give data with at least one row")
-    try:
-        if path.suffix == ".parquet":
-            from pyarrow import parquet
-
-            return parquet.read_schema(path).names, lambda name: parquet.read_table(path, columns=[name]).column(name).to_pylist()
-        with open(path, encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
-                csv.field_size_limit(1 << 30)
-                return _rows(list(csv.DictReader(file, strict=True)), path)
-            if path.suffix == ".jsonl":
-                return _rows([json.loads(line) for line in file if line.strip()], path)
-            if path.suffix == ".json":
-                return _rows(json.load(file), path)
-    except (ValueError, csv.Error, RecursionError) as error:  # pyarrow's ArrowInvalid is a ValueError
-        raise UserError(f"{path} does not parse", str(error).splitlines()[0]) from None
-    raise UserError(f"{path} has an unknown ending '{path.suffix}'", "text, jsonl, json, csv and parquet are read", "convert or rename it")
-
-
-def _rows(rows: Any, path: Path) -> Table:
-    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows):
-        raise UserError(f"{path} does not parse as a table", "it must hold a list of objects", "write one object per row")
-    if path.suffix == ".csv":
-        if uneven := [i + 2 for i, r in enumerate(rows) if None in r or None in r.values()]:
-            raise UserError(
-                f"{path} does not parse", f"row {uneven[0]} has another number of columns than the head", "quote commas in the text"
-            )
-        for name in rows[0] if rows else ():
-            if all(_NUMBER.fullmatch(r[name]) for r in rows):
-                rows = [r | {name: int(r[name]) if r[name].isdigit() else float(r[name])} for r in rows]
-    if not rows:
-        raise UserError(f"{path} holds no text", "it has no rows", "give data with at least one row")
-    return list(dict.fromkeys(k for r in rows for k in r)), lambda name: [r.get(name) for r in rows]
 
 
 def _hub(data: Data) -> Table:

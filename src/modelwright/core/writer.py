@@ -21,8 +21,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from modelwright.core.checkpoint import CODES, LINEAGE, Checkpoint, config_of, disk_shapes, require_finite
+from modelwright.core.checkpoint import CODES, Checkpoint, config_of, disk_shapes, require_finite
 from modelwright.core.errors import UserError
+from modelwright.core.lineage import LINEAGE, disk_errors
 
 _WRITERS = 1  # a file system serialises writes to one file; one thread is enough to overlap them with making tensors
 Piece = tuple[str, Tensor] | tuple[str, Tensor, int]  # name, values, and for a slice of dimension 0 its index
@@ -75,19 +76,6 @@ def staging(to: Path) -> Iterator[Path]:
             os.rename(part, to)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk says (no space, no permission) into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"no disk space left for {path}", how="free some or choose another folder") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-            raise UserError(f"cannot write {path}", (error.strerror or "the system refuses").lower(), "choose another folder") from error
         raise
 
 
@@ -195,10 +183,6 @@ def copy_companions(source: Checkpoint, folder: Path) -> None:
     for path in source.companions():
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
-
-
-def write_lineage(folder: Path, lineage: dict[str, Any]) -> None:
-    (folder / LINEAGE).write_text(json.dumps(lineage, indent=2, default=str) + "\n")
 
 
 def write_card(folder: Path, title: str, base: str, steps: list[dict[str, Any]], rows: list[tuple[str, str]], loads_in: str) -> None:

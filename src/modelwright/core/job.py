@@ -1,0 +1,31 @@
+"""What a step that measures is handed, and what it gives back: reward, judge, inspect."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modelwright.core.progress import Silent
+
+
+@dataclass
+class Job:
+    """The surroundings of one step. `folder` takes its small files; `source` is the checkpoint, where there is one."""
+
+    folder: Path
+    seed: int = 0
+    progress: Silent = field(default_factory=Silent)
+    source: Any = None
+    technique: Callable[[str, dict[str, Any]], Any] | None = None  # a way to tune, by name and settings
+
+
+@dataclass
+class Finding:
+    """What was measured. `metrics` is for scripts (nested plain values); the rest is for people."""
+
+    metrics: dict[str, Any]
+    text: str = ""  # one sentence that says what came out
+    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # value, what it is, remark
+    tables: list[dict[str, Any]] = field(default_factory=list)  # title, columns, rows
+    plots: list[dict[str, Any]] = field(default_factory=list)  # see core/plots.py
+    facts: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,132 @@
+"""How a step that makes a model is run, certified and written down: one driver per family."""
+
+import math
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from modelwright import registry
+from modelwright.core import text
+from modelwright.core.certificate import certify, logits_of, probe_ids
+from modelwright.core.checkpoint import Checkpoint, config_of, disk_shapes
+from modelwright.core.errors import UserError
+from modelwright.core.knobs import Data
+from modelwright.core.training import fit
+from modelwright.core.writer import Blueprint, Built, staging, write_model, write_tensors
+from modelwright.recipe import Step
+from modelwright.runner import Run
+
+
+def reshape(r: Run, step: Step, folder: Path) -> dict[str, Any]:
+    save, knobs = r.recipe.save, _with_dataset(r, step.knobs)
+    source = Checkpoint(r.checkpoint) if r.checkpoint and "checkpoint" in step.entry.takes else None
+    if source:
+        text.check_vocabulary(source.tokenizer(), int(source.hf_config.get_text_config().vocab_size), source.folder)
+    with r.progress.task(f"{step.entry.name}: plan"):
+        made, promise = registry.load(step.entry)(source, knobs, r.recipe.seed)
+    shutil.rmtree(folder / "result", ignore_errors=True)
+    with staging(folder / "result") as part:
+        if isinstance(made, Blueprint):
+            total = sum(_bytes(made).values())
+            with r.progress.task(f"{step.entry.name}: write", total) as tick:
+                write_tensors(made, part, save.shard_size, tick)
+        else:
+            with r.progress.task(f"{step.entry.name}: write"):
+                write_model(made, part, save.shard_size)
+            _same_when_reloaded(made.model, Checkpoint(part, incomplete=True))
+        entry: dict[str, Any] = {"facts": made.facts}
+        with r.progress.task(f"{step.entry.name}: certify"):
+            after = Checkpoint(part, incomplete=True)
+            certificate = certify(source or after, after, promise, mode=save.certificate)
+        entry["certificate"] = certificate.plain()
+        if certificate.passed is False and not save.force:
+            raise UserError(
+                f"the result of {step.entry.name} failed its certificate",
+                f"logits differ by {certificate.max_abs_dlogit:.2e} and {certificate.tolerance:.2e} was promised",
+                "nothing was saved; report it, or set save.force=true to save all the same",
+            )
+    return entry
+
+
+def _bytes(made: Blueprint) -> dict[str, int]:
+    return {n: math.prod(s) * made.dtypes[n].itemsize for n, s in disk_shapes(config_of(made.config)).items()}
+
+
+def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
+    knobs = _with_dataset(r, step.knobs)
+    assert r.checkpoint
+    source = Checkpoint(r.checkpoint)
+    tokenizer = source.tokenizer()
+    vocab = int(source.hf_config.get_text_config().vocab_size)
+    text.check_vocabulary(tokenizer, vocab, source.folder)
+    context = knobs.train.context
+    with r.progress.task(f"{step.entry.name}: read"):
+        rows = text.tokenize(text.read(knobs.data), tokenizer, vocab, context)
+        evals = {n: text.tokenize(text.read(d), tokenizer, vocab, context) for n, d in knobs.evals.items()}
+    if not evals and len(rows) > 1 and knobs.holdout:
+        at = max(1, len(rows) - max(1, round(len(rows) * knobs.holdout)))
+        rows, evals["held out"] = rows.split(at)
+    technique = registry.load(step.entry)(knobs)
+    with r.progress.task(f"{step.entry.name}: train", 1) as tick:
+        outcome = fit(
+            source.model(),
+            rows,
+            knobs.train,
+            techniques=[technique],
+            evals=evals,
+            folder=folder,
+            seed=r.recipe.seed,
+            tick=lambda done, of: tick.to(done, of),
+        )
+    shutil.rmtree(folder / "result", ignore_errors=True)
+    shutil.rmtree(folder / "adapter", ignore_errors=True)
+    with staging(folder / "result") as part:
+        model = technique.export(outcome.model, folder)
+        write_model(Built(model, None, source), part, r.recipe.save.shard_size)
+        with r.progress.task(f"{step.entry.name}: certify"):
+            after = Checkpoint(part, incomplete=True)
+            drift = _same_when_reloaded(model, after)
+            certificate = certify(source, after, "trained", mode=r.recipe.save.certificate)
+    return {
+        "facts": {
+            "data": rows.facts,
+            "steps": outcome.steps,
+            "tokens": outcome.tokens,
+            "energy_j": outcome.energy_j,
+            "energy_source": outcome.energy_source,
+            "reload_max_abs_dlogit": drift,
+        },
+        "evals": outcome.evals,
+        "liveness": outcome.liveness,
+        "certificate": certificate.plain(),
+    }
+
+
+def _same_when_reloaded(model: Any, saved: Checkpoint) -> float:
+    """The largest logit difference between a model in memory and what a fresh object loads from disk; raises when it is real."""
+    ids = probe_ids(saved)[0]
+    drift = float((logits_of(model, ids) - logits_of(saved.model(model.dtype).to(model.device), ids)).abs().max())
+    if not drift <= 1e-3:
+        raise RuntimeError(f"the saved model differs from the one in memory by {drift:.1e} in its logits")
+    return drift
+
+
+def _with_dataset(r: Run, knobs: Any) -> Any:
+    if isinstance(getattr(knobs, "data", None), Data) and not knobs.data.path and r.dataset:
+        return replace(knobs, data=replace(knobs.data, path=str(r.dataset), column=knobs.data.column or "text"))
+    return knobs
+
+
+def calm() -> None:
+    """Quiet transformers: our own bars and sentences speak."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+OF: dict[str, Callable[[Run, Step, Path], dict[str, Any]]] = {"reshape": reshape, "tune": tune}
