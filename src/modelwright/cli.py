@@ -108,6 +108,7 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
     for name, kind, option, default in (
         ("seed", int, typer.Option("--seed", help="Seed of every random draw."), 0),
         ("save", list[str] | None, typer.Option("--save", metavar="KEY=VALUE", help="shard_size, certificate, force."), None),
+        *([("nproc", int, typer.Option("--nproc", min=1, help="Processes that train together."), 1)] if e.family == "tune" else []),
         ("as_json", bool, typer.Option("--json", help="Machine-readable output on standard output."), False),
     ):
         params.append(P(name, P.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]))
@@ -132,7 +133,7 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
                 at[last] = _value(kind, value, name)
         for assignment in given["save"] or []:
             recipes.override(raw, f"save.{assignment}")
-        _run(recipes.parse(raw, Path.cwd(), e.name), given["as_json"], keep=bool(e.gives or given["to"]))
+        _run(recipes.parse(raw, Path.cwd(), e.name), given["as_json"], bool(e.gives or given["to"]), given.get("nproc", 1))
 
     command.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
     return command
@@ -145,13 +146,13 @@ def _value(kind: Any, value: Any, name: str) -> Any:
     return recipes.read_yaml(value, f"--{name}") if get_origin(kind) is dict else value
 
 
-def _run(recipe: recipes.Recipe, as_json: bool, keep: bool = True) -> None:
+def _run(recipe: recipes.Recipe, as_json: bool, keep: bool = True, nproc: int = 1) -> None:
     recipes.check(recipe)
     from modelwright.core.progress import choose
     from modelwright.runner import run_recipe
 
     with _resumable():
-        result = run_recipe(recipe, choose(as_json), keep)
+        result = run_recipe(recipe, choose(as_json), keep, nproc)
     if as_json:
         _print_json(result.plain())
     else:
@@ -176,10 +177,13 @@ def _print_json(value: Any) -> None:
 
 @app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a ready one.")], sets: Sets = None, as_json: Json = False
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a ready one.")],
+    sets: Sets = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, help="Processes that train together, started with torchrun.")] = 1,
+    as_json: Json = False,
 ) -> None:
     """Run a recipe. A stopped run continues where it was."""
-    _run(recipes.read(recipe, sets or []), as_json)
+    _run(recipes.read(recipe, sets or []), as_json, nproc=nproc)
 
 
 @app.command()

@@ -10,12 +10,13 @@ from typing import Any
 
 import transformers
 
-from modelwright import registry
-from modelwright.core import text
+from modelwright import launch, registry
+from modelwright.core import dist, text
 from modelwright.core.certificate import certify, logits_of, probe_ids
 from modelwright.core.checkpoint import Checkpoint, config_of, disk_shapes
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data
+from modelwright.core.technique import Technique
 from modelwright.core.training import fit
 from modelwright.core.writer import Blueprint, Built, staging, write_model, write_tensors
 from modelwright.recipe import Step
@@ -57,54 +58,72 @@ def _bytes(made: Blueprint) -> dict[str, int]:
     return {n: math.prod(s) * made.dtypes[n].itemsize for n, s in disk_shapes(config_of(made.config)).items()}
 
 
+def techniques_of(step: Step, rounds: int = 0) -> list[Technique]:
+    """The techniques of a step: one, or those that tune.mix names."""
+    several = registry.mixed(step.knobs) if step.entry.name == "tune.mix" else [(step.entry, step.knobs)]
+    found = [registry.load(e)(k) for e, k in several]
+    for t in found:
+        t.round = rounds
+    return found
+
+
 def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
-    knobs = _with_dataset(r, step.knobs)
+    step = replace(step, knobs=_with_dataset(r, step.knobs))
     assert r.checkpoint
     source = Checkpoint(r.checkpoint)
-    tokenizer = source.tokenizer()
-    vocab = int(source.hf_config.get_text_config().vocab_size)
-    text.check_vocabulary(tokenizer, vocab, source.folder)
-    context = knobs.train.context
-    with r.progress.task(f"{step.entry.name}: read"):
-        rows = text.tokenize(text.read(knobs.data), tokenizer, vocab, context)
-        evals = {n: text.tokenize(text.read(d), tokenizer, vocab, context) for n, d in knobs.evals.items()}
-    if not evals and len(rows) > 1 and knobs.holdout:
-        at = max(1, len(rows) - max(1, round(len(rows) * knobs.holdout)))
-        rows, evals["held out"] = rows.split(at)
-    technique = registry.load(step.entry)(knobs)
-    with r.progress.task(f"{step.entry.name}: train", 1) as tick:
-        outcome = fit(
-            source.model(),
-            rows,
-            knobs.train,
-            techniques=[technique],
-            evals=evals,
-            folder=folder,
-            seed=r.recipe.seed,
-            tick=lambda done, of: tick.to(done, of),
-        )
     shutil.rmtree(folder / "result", ignore_errors=True)
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     with staging(folder / "result") as part:
-        model = technique.export(outcome.model, folder)
-        write_model(Built(model, None, source), part, r.recipe.save.shard_size)
+        if r.processes > 1:
+            entry = launch.train_apart(r, step, source, folder, part)
+        else:
+            with r.progress.task(f"{step.entry.name}: train", 1) as tick:
+                entry = train(step, source, folder, part, r.recipe.seed, r.recipe.save.shard_size, r.tuned, tick.to)
         with r.progress.task(f"{step.entry.name}: certify"):
-            after = Checkpoint(part, incomplete=True)
-            drift = _same_when_reloaded(model, after)
-            certificate = certify(source, after, "trained", mode=r.recipe.save.certificate)
-    return {
+            certificate = certify(source, Checkpoint(part, incomplete=True), "trained", mode=r.recipe.save.certificate)
+    return entry | {"certificate": certificate.plain()}
+
+
+def train(
+    step: Step, source: Checkpoint, folder: Path, part: Path, seed: int, shard_size: int, rounds: int, tick: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Train and write the plain model into `part`; runs in every process, the first one writes. Returns the step's entry."""
+    knobs, techniques = step.knobs, techniques_of(step, rounds)
+    tokenizer, vocab = source.tokenizer(), int(source.hf_config.get_text_config().vocab_size)
+    text.check_vocabulary(tokenizer, vocab, source.folder)
+
+    def rows_of(data: Data) -> text.Rows:
+        for t in techniques:
+            if (rows := t.rows(data, tokenizer, vocab, knobs.train, seed)) is not None:
+                return rows
+        return text.tokenize(text.read(data), tokenizer, vocab, knobs.train.context)
+
+    rows, evals = rows_of(knobs.data), {n: rows_of(d) for n, d in knobs.evals.items()}
+    if not evals and len(rows) > 1 and knobs.holdout:
+        at = max(1, len(rows) - max(1, round(len(rows) * knobs.holdout)))
+        rows, evals["held out"] = rows.split(at)
+    outcome = fit(source.model(), rows, knobs.train, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick)
+    entry = {
         "facts": {
             "data": rows.facts,
             "steps": outcome.steps,
             "tokens": outcome.tokens,
+            "processes": dist.world(),
             "energy_j": outcome.energy_j,
             "energy_source": outcome.energy_source,
-            "reload_max_abs_dlogit": drift,
+            **outcome.facts,
         },
         "evals": outcome.evals,
         "liveness": outcome.liveness,
-        "certificate": certificate.plain(),
     }
+    if dist.rank() == 0:
+        model = outcome.model
+        for t in techniques:
+            model = t.export(model, folder)
+        changed = next((t.tokenizer for t in techniques if t.tokenizer is not None), None)
+        write_model(Built(model, changed, source), part, shard_size)
+        entry["facts"]["reload_max_abs_dlogit"] = _same_when_reloaded(model, Checkpoint(part, incomplete=True))
+    return entry
 
 
 def _same_when_reloaded(model: Any, saved: Checkpoint) -> float:

@@ -138,8 +138,13 @@ def parse(raw: Any, root: Path = Path("."), name: str = "recipe") -> Recipe:
     steps = []
     for i, item in enumerate(raw["steps"]):
         step_name, values = _split_step(item, i)
+        if step_name == "tune":
+            step_name, values = "tune.mix", {"methods": values} if isinstance(values, list) else values
         e = registry.entry(step_name)
-        steps.append(Step(e, build(registry.knobs(e), values, f"steps.{i}.{step_name}", root)))
+        made = build(registry.knobs(e), values, f"steps.{i}.{step_name}", root)
+        if step_name == "tune.mix" and not registry.mixed(made):
+            raise UserError("tune.mix has no methods", how="write tune: [hft, lora]")
+        steps.append(Step(e, made))
     save = build(Save, {"to": raw["save"]} if isinstance(raw.get("save"), str) else raw.get("save"), "save", root)
     if save.to:
         save = replace(save, to=os.path.abspath(root / Path(save.to).expanduser()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.errors import UserError, did_you_mean
-from modelwright.core.knobs import knob
+from modelwright.core.knobs import Tune, build, knob
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,37 @@ ENTRIES = [
     ),
     Entry("tune.full", "modelwright.tune.full:Full", "train every weight", "the baseline", takes=("checkpoint", "dataset"), loads_in=STOCK),
     Entry(
+        "tune.mix",
+        "modelwright.tune.mix:Mix",
+        "several ways to tune in one step: selectors, update rules, loss terms and data policies together",
+        "ours",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK,
+    ),
+    Entry(
         "tune.lora",
         "modelwright.tune.lora:Lora",
         "train low-rank adapters through PEFT, saved as an adapter or merged",
         "arXiv 2106.09685",
         takes=("checkpoint", "dataset"),
         loads_in=STOCK + ", PEFT",
+    ),
+    Entry(
+        "reward.calibrate",
+        "modelwright.reward.calibrate:calibrate",
+        "take a known bias, such as length, out of recorded reward scores",
+        "arXiv 2409.17407",
+        takes=(),
+        gives=("scores",),
+        loads_in="any reader of jsonl; reward functions and models through modelwright.reward.wrapper",
+    ),
+    Entry(
+        "reward.bench",
+        "modelwright.reward.bench:bench",
+        "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated",
+        "arXiv 2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475",
+        takes=(),
+        gives=(),
     ),
 ]
 FAMILIES = {
@@ -97,6 +122,25 @@ def load(e: Entry) -> Any:
     """Import the method itself (this may import torch)."""
     module, attribute = e.object.split(":")
     return getattr(import_module(module), attribute)
+
+
+def mixed(mix: Any) -> list[tuple[Entry, Any]]:
+    """The methods that tune.mix puts together, each with its knobs; data and training are shared."""
+    shared = {f.name: getattr(mix, f.name) for f in dataclasses.fields(Tune)}
+    found = []
+    for item in mix.methods:
+        name, own = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
+        if not isinstance(name, str) or name == "mix":
+            raise UserError(
+                f"methods has {item!r}", "each is a way to tune, or one with its settings", "write methods: [hft, lora: {r: 4}]"
+            )
+        e = entry(name if "." in name else f"tune.{name}")
+        if e.family != "tune":
+            raise UserError(f"methods has '{name}'", f"{e.name} is no way to tune")
+        if extra := set(own or {}) & shared.keys():
+            raise UserError(f"methods.{name} has {', '.join(sorted(extra))}", "data and training are shared", "give it beside methods")
+        found.append((e, dataclasses.replace(build(knobs(e), own or {}, f"methods.{name}"), **shared)))
+    return found
 
 
 @cache

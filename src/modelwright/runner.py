@@ -58,6 +58,8 @@ class Run:
     dataset: Path | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     base_fingerprint: str | None = None
+    processes: int = 1  # that train together
+    tuned: int = 0  # tuning steps so far, earlier runs included
 
 
 def run(
@@ -93,12 +95,15 @@ def _raw(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def run_recipe(recipe: Recipe, progress: Progress | None = None, keep: bool = True) -> Result:
-    """Run all steps. A recipe whose result exists already is not run again; without `keep` nothing stays on disk."""
+def run_recipe(recipe: Recipe, progress: Progress | None = None, keep: bool = True, processes: int = 1) -> Result:
+    """Run all steps. A recipe whose result exists already is not run again; without `keep` nothing stays on disk.
+
+    With several `processes`, training steps run under torchrun; everything else stays in this one.
+    """
     check(recipe)
     if not keep:
         with tempfile.TemporaryDirectory(prefix="modelwright-") as folder:
-            return _run_steps(Run(recipe, Path(folder), progress or Silent()), None)
+            return _run_steps(Run(recipe, Path(folder), progress or Silent(), processes=processes), None)
     to = Path(recipe.save.to or os.path.join("out", recipe.name))
     work = to.with_name(to.name + ".run")
     if done := _finished(recipe, to):
@@ -106,7 +111,7 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None, keep: bool = Tr
         return done
     if os.path.exists(to):  # unlike Path.exists, false for a name too long
         raise UserError(f"{to} exists already", "nothing is overwritten", "choose another folder or remove it")
-    r = Run(recipe, work, progress or Silent())
+    r = Run(recipe, work, progress or Silent(), processes=processes)
     with disk_errors(r.work):
         r.work.mkdir(parents=True, exist_ok=True)
         lock = _lock(work)
@@ -143,6 +148,7 @@ def _run_steps(r: Run, to: Path | None) -> Result:
         source = Checkpoint(recipe.base)
         r.checkpoint = source.folder
         r.history, r.base_fingerprint = (source.lineage or {}).get("steps", []), source.fingerprint()
+        r.tuned = sum(s["step"].startswith("tune.") for s in r.history)
     key = recipe.base or ""
     for i, step in enumerate(recipe.steps):
         inputs = _inputs(step, r)
@@ -171,6 +177,7 @@ def _run_steps(r: Run, to: Path | None) -> Result:
             shutil.rmtree(state)
         if "checkpoint" in step.entry.gives:
             r.checkpoint = folder / "result"
+        r.tuned += step.entry.family == "tune"
         if "dataset" in step.entry.gives:
             r.dataset = folder / "dataset.jsonl"
         result.steps.append(entry)

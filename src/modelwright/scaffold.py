@@ -16,7 +16,7 @@ Ours: ...
 from dataclasses import dataclass
 
 from modelwright.core.knobs import Tune
-from modelwright.core.training import Technique
+from modelwright.core.technique import Technique
 
 
 @dataclass(frozen=True)

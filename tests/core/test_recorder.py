@@ -13,8 +13,9 @@ from torch import Tensor
 from modelwright.core import recorder as module
 from modelwright.core.knobs import Train
 from modelwright.core.recorder import SCHEMA, Meter, Recorder, read_dynamics
+from modelwright.core.technique import Technique
 from modelwright.core.text import IGNORE, Rows
-from modelwright.core.training import Outcome, Technique, evaluate_rows, fit
+from modelwright.core.training import Outcome, evaluate_rows, fit
 
 GLOB = glob.glob
 

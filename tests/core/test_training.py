@@ -24,8 +24,9 @@ from modelwright.core import training
 from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
+from modelwright.core.technique import LossTerm, Technique
 from modelwright.core.text import IGNORE, Rows, collate
-from modelwright.core.training import LossTerm, Outcome, Technique, evaluate_rows, fit, latest_state, steps_for
+from modelwright.core.training import Outcome, evaluate_rows, fit, latest_state, steps_for
 from modelwright.tune import full, lora
 
 REPEATED = ["step", "kind", "name", "example", "loss", "tokens", "lr"]  # all columns but the energy
@@ -305,16 +306,21 @@ def test_liveness_waits_for_the_end_of_the_first_warm_up_step(tmp_path: Path) ->
     lr = (
         parquet.read_table(out.dynamics).filter(parquet.filters_to_expression([("step", "=", 1), ("kind", "=", "train")]))["lr"].to_pylist()
     )
-    assert set(lr) == {0.0} and out.liveness == ["21 of 21 trained tensors moved in the first step"]
+    assert set(lr) == {0.0} and out.liveness == ["full: 21 of 21 tensors moved"]
 
 
-def test_own_liveness_probe_sees_the_weights_before_and_after(tmp_path: Path) -> None:
+def test_own_liveness_probe_sees_which_units_moved(tmp_path: Path) -> None:
     class Own(Technique):
-        def liveness(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> str:
-            assert same(before, weights(start)) and not same(before, after)
+        def on_gradients(self, named: Any) -> None:
+            for n, p in named:
+                p.grad.mul_(0 if "down_proj" not in n else (torch.arange(len(p)) < 3)[:, None])
+
+        def liveness(self, moved: dict[str, Tensor]) -> str:
+            assert moved.keys() == weights(model()).keys()
+            assert all(m.any() == ("down_proj" in n) for n, m in moved.items())
+            assert moved["model.layers.1.mlp.down_proj.weight"].nonzero().flatten().tolist() == [0, 1, 2]
             return "it did"
 
-    start = model()
     assert go(tmp_path, Own(), of=model(), epochs=1).liveness == ["it did"]
 
 

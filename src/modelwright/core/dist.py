@@ -1,10 +1,11 @@
-"""Several processes (torchrun): who am I, sums over all, and the assertion that as many run as were asked for."""
+"""Several processes (torchrun): who am I, sums over all, shards, and the assertion that as many run as were asked for."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelwright.core.errors import UserError
 
@@ -18,18 +19,116 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
+def start(asked: int) -> None:
+    """Join the other processes; UserError unless exactly `asked` run. Some launchers silently start one."""
+    if world() > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
+    require_world(asked)
+
+
 def require_world(asked: int) -> None:
-    """UserError unless exactly `asked` processes run. Some launchers silently start one."""
+    """UserError unless exactly `asked` processes run."""
     if world() != asked:
         raise UserError(
             f"{asked} processes were asked for and {world()} run", "the launcher started another number", "launch with torchrun"
         )
 
 
+def barrier() -> None:
+    if world() > 1 and dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(flat: Tensor) -> Tensor:
+    """One tensor summed over all processes, in place."""
+    if world() > 1 and dist.is_initialized():
+        dist.all_reduce(flat)
+    return flat
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in any process."""
+    return bool(all_sum(torch.tensor(int(flag)))) if world() > 1 else flag
+
+
 def sum_over_ranks(*values: Tensor) -> list[Tensor]:
     """Each scalar summed over all processes, in one flat collective."""
     if world() == 1 or not dist.is_initialized():
         return list(values)
-    flat = torch.stack([v.double().to(values[0].device) for v in values])
-    dist.all_reduce(flat)
-    return list(flat.unbind())
+    return list(all_sum(torch.stack([v.double().to(values[0].device) for v in values])).unbind())
+
+
+# ---- shards (FSDP2) --------------------------------------------------------------------------------------------------
+def local(t: Tensor) -> Tensor:
+    """What this process holds of a tensor; shares memory."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def offset(t: Any) -> int | None:
+    """Where this process's shard begins along dimension 0; None for a tensor that is whole here."""
+    if not hasattr(t, "to_local"):
+        return None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if any(p.is_shard() and p.dim != 0 for p in t.placements):
+        raise RuntimeError(f"sharded along another dimension than 0: {t.placements}")
+    return int(compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)[1][0])
+
+
+def rows_of(t: Any, whole: Tensor) -> Tensor:
+    """The part of `whole` (len(t), ...) that belongs to this process's shard of t."""
+    start = offset(t)
+    return whole if start is None else whole[start : start + local(t).shape[0]]
+
+
+def like(p: Any, piece: Tensor) -> Tensor:
+    """This process's piece of a tensor that is sharded like p."""
+    if not hasattr(p, "to_local"):
+        return piece
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(piece, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
+
+
+def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
+    """FSDP2: each block and the rest become one sharding group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(kind, (world(),))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the whole weights that a forward pass without a backward pass leaves behind."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def gathered(model: nn.Module, empty: Any) -> Any:
+    """The whole model on the first process, in `empty`, a copy on the meta device; None elsewhere. Every process must call."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank():
+        return None
+    empty.load_state_dict(whole, strict=False, assign=True)
+    if hasattr(empty, "tie_weights"):
+        empty.tie_weights()
+    if left := [n for n, p in empty.named_parameters() if p.is_meta]:
+        raise RuntimeError(f"not gathered: {left[:3]}")
+    return empty
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """A copy of the model with its parameters on the meta device."""
+    import copy
+
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+    return copy.deepcopy(model, memo)

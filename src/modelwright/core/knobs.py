@@ -70,6 +70,7 @@ class Train:
     eval_every: int | None = knob(None, "steps between evaluations; empty: about ten in the run", low=1)
     save_every: int = knob(200, "steps between resumable states", low=1)
     gradient_checkpointing: bool = knob(False, "recompute activations to save memory")
+    strategy: Literal["ddp", "fsdp2"] = knob("ddp", "with several processes: whole copies of the model, or shards of it")
     record: bool = knob(True, "write the training dynamics to dynamics.parquet")
 
 

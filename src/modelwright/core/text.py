@@ -17,19 +17,26 @@ _TEXT = {".txt", ".md", ".py", ".rst", ".tex", ".html"}
 
 @dataclass
 class Rows(torch.utils.data.Dataset):
-    """Token rows of one length: ids (N, T) int32, labels (N, T) with -100 where nothing is learnt, lengths (N,)."""
+    """Token rows of one length: ids (N, T) int32, labels (N, T) with -100 where nothing is learnt, lengths (N,).
+
+    weights (N, T) weigh the learnt tokens. segments (N, T) number the texts that share a row, -1 where it is padded; texts
+    of one row do not see each other and each has positions from 0.
+    """
 
     ids: Tensor
     labels: Tensor
     lengths: Tensor
     bytes: int = 0  # of the text, for bits per byte; 0 when unknown
     facts: dict[str, Any] = field(default_factory=dict)
+    weights: Tensor | None = None
+    segments: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"input_ids": self.ids[i], "labels": self.labels[i], "length": self.lengths[i], "example_id": i}
+        row = {"input_ids": self.ids[i], "labels": self.labels[i], "length": self.lengths[i], "example_id": i}
+        return row | {k: v[i] for k, v in (("weights", self.weights), ("segments", self.segments)) if v is not None}
 
     @property
     def tokens(self) -> int:
@@ -40,19 +47,55 @@ class Rows(torch.utils.data.Dataset):
         parts = []
         for s in (slice(None, at), slice(at, None)):
             n = int(self.lengths[s].sum())
-            parts.append(Rows(self.ids[s], self.labels[s], self.lengths[s], round(self.bytes * n / max(self.tokens, 1)), self.facts))
+            size = round(self.bytes * n / max(self.tokens, 1))
+            extra = [v if v is None else v[s] for v in (self.weights, self.segments)]
+            parts.append(Rows(self.ids[s], self.labels[s], self.lengths[s], size, self.facts, *extra))
         return parts[0], parts[1]
 
 
+class Filled(torch.utils.data.Dataset):
+    """Rows and enough empty ones that every optimizer step of every process is full; an empty row counts for nothing."""
+
+    def __init__(self, rows: Rows, multiple: int):
+        self.rows, self.n = rows, -(-len(rows) // multiple) * multiple
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        if i < len(self.rows):
+            return self.rows[i]
+        row = self.rows[0]
+        empty = {"labels": IGNORE, "segments": -1, "input_ids": 0, "weights": 0}
+        return {k: torch.full_like(row[k], v) for k, v in empty.items() if k in row} | {"length": torch.tensor(0), "example_id": -1}
+
+
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch cut to its longest row; the attention mask is left out when nothing is padded."""
-    longest = max(int(r["length"]) for r in rows)
+    """A batch cut to its longest row; the attention mask is left out when nothing is padded.
+
+    Rows that hold several texts get position ids instead, from which transformers keeps the texts apart.
+    """
+    lengths = torch.stack([r["length"] for r in rows])
+    longest = max(int(lengths.max()), 2)
     batch = {k: torch.stack([r[k][:longest] for r in rows]).long() for k in ("input_ids", "labels")}
     batch["example_id"] = torch.tensor([r["example_id"] for r in rows])
-    lengths = torch.stack([r["length"] for r in rows])
-    if int(lengths.min()) < longest:
-        batch["attention_mask"] = (torch.arange(longest) < lengths[:, None]).long()
+    batch["real"] = torch.arange(longest) < lengths[:, None]  # (B, T): no padding
+    if "weights" in rows[0]:
+        batch["weights"] = torch.stack([r["weights"][:longest] for r in rows])
+    if "segments" in rows[0]:
+        batch["segments"] = torch.stack([r["segments"][:longest] for r in rows]).long()
+        batch["position_ids"] = positions(batch["segments"])
+    elif int(lengths.min()) < longest:
+        batch["attention_mask"] = (torch.arange(longest) < lengths.clamp(min=1)[:, None]).long()
     return batch
+
+
+def positions(segments: Tensor) -> Tensor:
+    """Position of each token within its text, from (B, T) text numbers."""
+    at = torch.arange(segments.shape[1]).expand_as(segments)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return at - torch.where(begins, at, 0).cummax(1).values
 
 
 def read(data: Data) -> list[Any]:

@@ -1,8 +1,7 @@
-"""The only training loop: transformers' Trainer with exact loss normalisation, and the contract of a training method.
+"""The only training loop: any techniques, one process or many, resumed bit for bit.
 
-A Technique has five optional parts: an attachment, a selector, a data policy, loss terms, an update rule. A loss term
-returns a sum and a count, never a mean; sums are divided by the count over the whole accumulation window and all
-processes, so 4 x 2 accumulation is 1 x 8 whatever the padding.
+DDP is the Trainer's own. FSDP2 is applied here: the Trainer's path to it
+falls back to DDP without a word where there is no GPU.
 """
 
 import json
@@ -10,15 +9,14 @@ import math
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import Trainer as HFTrainer
+from pyarrow import concat_tables, parquet
+from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from modelwright.core import dist
@@ -26,74 +24,11 @@ from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.recorder import Recorder
-from modelwright.core.text import IGNORE, Rows, collate
+from modelwright.core.technique import LossTerm, Technique, combine, marks, movement, surroundings
+from modelwright.core.text import Filled, Rows, collate
+from modelwright.core.trainer import COMPLETE, Trainer, forward, step_of
 
-COMPLETE = "complete.json"  # written last: a state without it was cut off while being saved
 _RECOMPUTE = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in TrainingArguments.__dataclass_fields__)
-_KEPT = 2  # resumable states
-Named = Iterable[tuple[str, nn.Parameter]]
-
-
-class LossTerm:
-    """Next-token cross-entropy, and the shape of every other term: `count` from the batch alone, `sums` per example."""
-
-    name, weight = "lm", 1.0
-
-    def count(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the sum is divided by, over window and processes: here the learnt tokens."""
-        return (batch["labels"][:, 1:] != IGNORE).sum()
-
-    def sums(self, batch: dict[str, Tensor], outputs: Any) -> Tensor:
-        """Summed loss of each example, (B,)."""
-        labels = batch["labels"][:, 1:]
-        losses = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
-        return losses.view_as(labels).sum(1)
-
-
-class Technique:
-    """A training-time method. Override what it changes; everything else stays plain training."""
-
-    name = "full"
-    supports = frozenset({"ddp", "fsdp2", "fused", "gradient_checkpointing", "lora"})
-
-    def attach(self, model: Any, anatomy: Anatomy) -> Any:
-        """Attachment: add modules, before anything is wrapped. Returns the model to train."""
-        return model
-
-    def select(self, model: Any, anatomy: Anatomy, seed: int) -> None:
-        """Selector: set requires_grad, before the optimizer exists."""
-
-    def prepare(self, rows: Rows) -> Rows:
-        """Data policy."""
-        return rows
-
-    def terms(self) -> list[LossTerm]:
-        """Loss terms added to the sum."""
-        return []
-
-    def on_gradients(self, named: Named) -> None:
-        """Update rule: edit gradients, once per optimizer step, before clipping."""
-
-    def after_step(self, named: Named) -> None:
-        """Update rule: act on the weights after the optimizer's step."""
-
-    def liveness(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> str:
-        """A sentence that proves the method did something in the first step; raises RuntimeError when it did not."""
-        moved = sum(not torch.equal(before[n], after[n]) for n in after)
-        if not moved:
-            raise RuntimeError(f"{self.name}: no weight moved in the first step")
-        return f"{moved} of {len(after)} trained tensors moved in the first step"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors needed to resume."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo of state_dict."""
-
-    def export(self, model: Any, folder: Path) -> Any:
-        """The plain model to save; may write extra files into `folder`."""
-        return model
 
 
 @dataclass
@@ -107,71 +42,12 @@ class Outcome:
     energy_j: float | None = None
     energy_source: str = "unknown"
     dynamics: Path | None = None
-    model: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)  # by technique
+    model: Any = None  # on every process the trained model; under FSDP2 whole on the first and None on the others
 
     def at(self, name: str, last: bool = True) -> dict[str, Any]:
         """The first or last evaluation of one held-out text."""
         return [e for e in self.evals if e["name"] == name][-1 if last else 0]
-
-
-class Trainer(HFTrainer):
-    """transformers.Trainer with techniques, exact normalisation, a recorder, and states that are marked when whole."""
-
-    def __init__(self, *, techniques: list[Technique], recorder: Recorder | None, on_save: Callable[[], dict[str, Any]], **kwargs: Any):
-        super().__init__(**kwargs)
-        self.techniques, self.recorder, self.on_save = techniques, recorder, on_save
-        self.terms = [LossTerm(), *(t for q in techniques for t in q.terms())]
-        self.loss_is_scaled_for_ga = True
-        self.lr_used, self.tokens = 0.0, 0
-        self._counts: dict[str, Tensor] = {}
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        batches = []
-        for _ in range(num_batches):
-            try:
-                batches.append(next(epoch_iterator))
-            except StopIteration:
-                break
-        if batches:
-            local = [torch.stack([t.count(b) for b in batches]).sum() for t in self.terms]
-            real = [b["attention_mask"].sum() if "attention_mask" in b else torch.tensor(b["input_ids"].numel()) for b in batches]
-            *counts, seen = dist.sum_over_ranks(*local, torch.stack(real).sum())
-            self._counts = dict(zip([t.name for t in self.terms], counts, strict=True))
-            self.tokens += int(seen)
-        return batches, None
-
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        self.lr_used = self._get_learning_rate()
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs.get("attention_mask"), use_cache=False)
-        total: Any = 0.0
-        for term in self.terms:
-            sums = term.sums(inputs, outputs)
-            count = self._counts[term.name].to(sums.device)
-            if self.recorder and term.name == "lm":
-                learnt = (inputs["labels"][:, 1:] != IGNORE).sum(1)
-                self.recorder.train(self.state.global_step + 1, self.lr_used, inputs["example_id"], sums, learnt)
-            total = total + term.weight * sums.sum() / count.clamp(min=1)
-        total = total * dist.world()  # DDP and FSDP average gradients over processes; the count is already global
-        return (total, outputs) if return_outputs else total
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        for t in self.techniques:
-            t.on_gradients(model.named_parameters())
-        return super()._clip_grad_norm(model)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-            torch.save([t.state_dict() for t in self.techniques], folder / "techniques.pt")
-            if self.recorder:
-                self.recorder.flush(self.state.global_step)
-            part = folder / (COMPLETE + ".tmp")
-            part.write_text(json.dumps(self.on_save() | {"step": self.state.global_step}))
-            part.replace(folder / COMPLETE)
-            for old in sorted(folder.parent.glob("checkpoint-*"), key=_step)[:-_KEPT]:
-                (old / COMPLETE).unlink(missing_ok=True)  # unmarked first: a state half removed is no state
-                shutil.rmtree(old)
 
 
 class _Loop(TrainerCallback):
@@ -189,42 +65,52 @@ class _Loop(TrainerCallback):
         self.techniques, self.evaluate, self.every, self.tick, self.outcome, self.lr = techniques, evaluate, every, tick, outcome, lr
         self.interrupted = False
         self._before: dict[str, Tensor] = {}
+        self.named: Callable[[], list] = list
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if state.global_step == 0:
             self.evaluate(0)
         if not self.outcome.liveness:
-            self._before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+            self._before = marks(model)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         for t in self.techniques:
-            t.after_step(model.named_parameters())
+            t.after_step(self.named())
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if self._before and self.lr() > 0:  # the first step of a warm-up has learning rate 0
-            after = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-            self.outcome.liveness = [t.liveness(self._before, after) for t in self.techniques]
+            moved = movement(model, self._before)
+            self.outcome.liveness = [t.liveness(moved) for t in self.techniques]
             self._before = {}
         self.tick(state.global_step, state.max_steps)
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
             self.evaluate(state.global_step)
-        if self.interrupted:
+        if dist.any_of(self.interrupted):
+            self.interrupted = True
             control.should_save = control.should_training_stop = True
 
 
 @torch.no_grad()
 def evaluate_rows(model: Any, rows: Rows, batch: int) -> dict[str, float]:
-    """Mean next-token loss in nats, and bits per byte of the text (tokens per byte of the whole times bits per token)."""
+    """Mean next-token loss in nats, and bits per byte of the text (tokens per byte of the whole times bits per token).
+
+    Weights of the rows say what counts, not how much. Several processes share the batches.
+    """
     training, term = model.training, LossTerm()
     model.eval()
-    total, count = 0.0, 0
-    for i in range(0, len(rows), batch):
-        b = {k: v.to(model.device) for k, v in collate([rows[j] for j in range(i, min(i + batch, len(rows)))]).items()}
-        out = model(input_ids=b["input_ids"], attention_mask=b.get("attention_mask"), use_cache=False)
-        total, count = total + float(term.sums(b, out).sum()), count + int(term.count(b))
+    full = Filled(rows, batch * dist.world())
+    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for i in range(batch * dist.rank(), len(full), batch * dist.world()):
+        b = {k: v.to(model.device) for k, v in collate([full[j] for j in range(i, i + batch)]).items()}
+        b.pop("weights", None)
+        total += term.sums(b, forward(model, b)).sum().cpu()
+        count += term.count(b).cpu()
+    dist.reshard(model)
     model.train(training)
-    loss = total / max(count, 1)
-    return {"loss": loss, "tokens": count} | ({"bits_per_byte": loss / math.log(2) * rows.tokens / rows.bytes} if rows.bytes else {})
+    total, count = dist.sum_over_ranks(total, count)
+    loss = float(total) / max(float(count), 1)
+    bits = {"bits_per_byte": loss / math.log(2) * rows.tokens / rows.bytes} if rows.bytes else {}
+    return {"loss": loss, "tokens": int(count)} | bits
 
 
 def steps_for(rows: Rows, train: Train) -> int:
@@ -236,14 +122,10 @@ def steps_for(rows: Rows, train: Train) -> int:
     return max(1, passes * per_epoch + math.ceil(rest * len(rows) / rows.tokens / (train.batch * train.accumulate * dist.world())))
 
 
-def _step(state: Path) -> int:
-    return int(state.name.split("-")[1])
-
-
 def latest_state(folder: Path) -> Path | None:
     """The newest resumable state that was saved whole."""
     found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).is_file()]
-    return max(found, key=_step, default=None)
+    return max(found, key=step_of, default=None)
 
 
 def fit(
@@ -269,23 +151,38 @@ def fit(
     limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     if limit and rows.ids.shape[1] > limit:
         raise UserError(f"context={rows.ids.shape[1]} is longer than the model's {limit} positions", how="lower train.context")
+    combine(techniques, surroundings(model, train))
     torch.manual_seed(seed)
     anatomy = Anatomy(model)
+    blocks = [b.module for b in anatomy.blocks]
     for t in techniques:
         model = t.attach(model, anatomy)
     for t in techniques:
         t.select(model, anatomy, seed)
         rows = t.prepare(rows)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"{' and '.join(t.name for t in techniques)} leave nothing to train", "every weight is frozen", "loosen one")
+    if rows.segments is not None:
+        require_apart(model)
+    sharded, empty = dist.world() > 1 and train.strategy == "fsdp2", None
+    if sharded:
+        model.to(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+        empty = dist.emptied(model)
+        dist.shard(model, blocks)
     steps = steps_for(rows, train)
     if dist.rank() == 0:
         for cut_off in [p for p in folder.glob("checkpoint-*") if not (p / COMPLETE).is_file()]:
             shutil.rmtree(cut_off)
+    dist.barrier()
     state = latest_state(folder)
-    done = _step(state) if state else 0
-    recorder = Recorder(folder / "dynamics.parquet", done) if train.record and dist.rank() == 0 else None
+    done = step_of(state) if state else 0
+    recorder = Recorder(_dynamics(folder, dist.rank()), done) if train.record else None
     outcome = Outcome(steps, 0, model=model)
     if state:
         saved = json.loads((state / COMPLETE).read_text())
+        if saved["processes"] != dist.world():
+            before = saved["processes"]
+            raise UserError(f"the run in {folder} was begun with {before} processes", f"now there are {dist.world()}", f"use {before}")
         outcome.evals, outcome.liveness = saved["evals"], saved["liveness"]
         for t, s in zip(techniques, torch.load(state / "techniques.pt", weights_only=True), strict=True):
             t.load_state_dict(s)
@@ -311,6 +208,8 @@ def fit(
         use_cpu=not cuda,
         bf16=cuda and torch.cuda.is_bf16_supported(),
         dataloader_pin_memory=cuda,
+        ddp_backend="gloo" if dist.world() > 1 and not cuda else None,
+        ddp_find_unused_parameters=False,
     )
     setattr(args, _RECOMPUTE, train.gradient_checkpointing)
 
@@ -329,13 +228,14 @@ def fit(
     trainer = Trainer(
         model=model,
         args=args,
-        train_dataset=rows,
+        train_dataset=Filled(rows, train.batch * train.accumulate * dist.world()),
         data_collator=collate,
         techniques=techniques,
         recorder=recorder,
         on_save=lambda: {"evals": outcome.evals, "liveness": outcome.liveness, "tokens": trainer.tokens},
         callbacks=[loop],
     )
+    loop.named = trainer._named
     trainer.tokens = saved["tokens"] if state else 0
     for name in ("PrinterCallback", "ProgressCallback"):
         for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == name]:
@@ -354,10 +254,46 @@ def fit(
             f"the learning rate was never above zero in {steps} steps",
             "raise train.lr, lower train.warmup or train longer",
         )
+    outcome.facts = {t.name: f for t in techniques if (f := t.facts())}
     if recorder:
         outcome.energy_j, outcome.energy_source = recorder.meter.joules(), recorder.meter.source
         outcome.dynamics = recorder.close(steps)
+        _join_dynamics(folder)
+    if sharded:
+        outcome.model = dist.gathered(model, empty)
     return outcome
+
+
+def _dynamics(folder: Path, rank: int) -> Path:
+    return folder / (f"dynamics-{rank}.parquet" if rank else "dynamics.parquet")
+
+
+def _join_dynamics(folder: Path) -> None:
+    dist.barrier()
+    files = [_dynamics(folder, r) for r in range(dist.world())]
+    if dist.rank() == 0 and len(files) > 1:
+        tables = [parquet.read_table(f) for f in files]
+        others = [t.filter([k == "train" for k in t["kind"].to_pylist()]) for t in tables[1:]]  # evaluations are shared: once is enough
+        whole = concat_tables([tables[0], *others])
+        parquet.write_table(whole.sort_by("step"), files[0], compression="zstd")
+        for f in files[1:]:
+            f.unlink()
+
+
+@torch.no_grad()
+def require_apart(model: Any) -> None:
+    """UserError unless the model keeps two texts of one row apart when it is given their position ids."""
+    training, device = model.training, model.device
+    model.eval()
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]], device=device) % model.config.get_text_config().vocab_size
+    places = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    together = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 3:]
+    alone = model(input_ids=ids[:, 3:], use_cache=False).logits
+    model.train(training)
+    if not torch.allclose(together.float(), alone.float(), atol=1e-4 * float(alone.abs().max() + 1)):
+        raise UserError(
+            f"{type(model).__name__} mixes the texts of a packed row", "it makes no attention mask from position ids", "turn packing off"
+        )
 
 
 class _graceful:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import Tune, knob
-from modelwright.core.training import Technique
+from modelwright.core.technique import Technique
 
 
 @dataclass(frozen=True)
