@@ -102,7 +102,10 @@ def train(
     if not evals and len(rows) > 1 and knobs.holdout:
         at = max(1, len(rows) - max(1, round(len(rows) * knobs.holdout)))
         rows, evals["held out"] = rows.split(at)
-    outcome = fit(source.model(), rows, knobs.train, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick)
+    settings = knobs.train
+    for t in techniques:
+        settings = t.settings(rows, settings)
+    outcome = fit(source.model(), rows, settings, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick)
     entry = {
         "facts": {
             "data": rows.facts,

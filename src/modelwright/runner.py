@@ -207,7 +207,7 @@ def _measure(r: Run, step: Step, folder: Path) -> dict[str, Any]:
         from modelwright.core.checkpoint import Checkpoint
 
         source = Checkpoint(r.checkpoint)
-    found: Finding = registry.load(step.entry)(step.knobs, Job(folder, r.recipe.seed, r.progress, source))
+    found: Finding = registry.load(step.entry)(step.knobs, Job(folder, r.recipe.seed, r.progress, source, registry.techniques))
     return {f.name: getattr(found, f.name) for f in fields(found)}
 
 

@@ -107,8 +107,8 @@ def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
 def reshard(model: nn.Module) -> None:
     """Free the whole weights that a forward pass without a backward pass leaves behind."""
     for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+        if free := getattr(module, "reshard", None):
+            free()  # type: ignore[operator]
 
 
 def gathered(model: nn.Module, empty: Any) -> Any:

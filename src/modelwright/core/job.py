@@ -16,7 +16,7 @@ class Job:
     seed: int = 0
     progress: Silent = field(default_factory=Silent)
     source: Any = None
-    technique: Callable[[str, dict[str, Any]], Any] | None = None  # a way to tune, by name and settings
+    technique: Callable[[str, dict[str, Any]], list[Any]] | None = None  # ways to tune, by name and settings
 
 
 @dataclass

@@ -87,6 +87,10 @@ class Technique:
         """Data policy: the rows of a source; None leaves it to plain texts and chats."""
         return None
 
+    def settings(self, rows: Rows, train: Train) -> Train:
+        """Data policy: training settings that follow from the rows."""
+        return train
+
     def prepare(self, rows: Rows) -> Rows:
         """Data policy: change or reorder rows that are made already."""
         return rows
@@ -120,6 +124,11 @@ class Technique:
         if not n:
             raise RuntimeError(f"{self.name}: no weight moved in the first step")
         return f"{self.name}: {n} of {len(moved)} tensors moved"
+
+    @property
+    def edits(self) -> bool:
+        """Whether gradients or stepped weights are edited."""
+        return overrides(self, "on_gradients") or overrides(self, "after_step")
 
     def facts(self) -> dict[str, Any]:
         """What to report at the end."""
@@ -155,17 +164,14 @@ def surroundings(model: Any, train: Train) -> set[str]:
 
 
 def combine(techniques: list[Technique], around: set[str]) -> None:
-    """Raise UserError unless every technique works in these surroundings and with the others."""
+    """Raise UserError unless every technique works in these surroundings and with the others; again after selection."""
     for part, what in (("rows", "makes the rows"), ("attach", "attaches modules")):
         owners = [t.name for t in techniques if overrides(t, part)]
         if part == "rows" and len(owners) > 1:
             raise UserError(f"{' and '.join(owners)} do not combine", f"each {what} its own way", "choose one of them")
     for t in techniques:
         needs = around | ({"lora"} if any(o.adapters for o in techniques if o is not t) else set())
-        if overrides(t, "on_gradients") or overrides(t, "after_step"):
-            bad = next((n for n in sorted(needs) if n.startswith("zero")), None) or next(iter(sorted(needs - t.supports)), None)
-        else:
-            bad = next(iter(sorted(needs - t.supports)), None)
+        bad = next((n for n in needs if n.startswith("zero") and t.edits), None) or next(iter(sorted(needs - t.supports)), None)
         if bad:
             words = {"lora": "adapters", "4bit": "4-bit weights"}.get(bad, bad.replace("zero", "DeepSpeed ZeRO stage ").replace("_", " "))
             raise UserError(f"{t.name} does not work with {words}", _WHY.get(bad, ""), _HOW.get(bad[:4], _HOW.get(bad, "")))

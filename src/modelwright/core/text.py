@@ -111,16 +111,30 @@ def read(data: Data) -> list[Any]:
         documents: list[Any] = [p.read_text(encoding="utf-8", errors="replace") for p in files]
     elif path.suffix in _TEXT and path.is_file():
         documents = [path.read_text(encoding="utf-8", errors="replace")]
-    elif path.is_file():
-        documents = _column(table(path), data, path)
-    elif path.is_absolute() or path.suffix or data.path.startswith("."):
-        raise UserError(f"no data at {path}", how="check the path")
     else:
-        documents = _column(_hub(data), data, path)
+        documents = _column(read_table(data), data, path)
     documents = [d for d in documents if d is not None and len(d)]
     if not documents:
         raise UserError(f"{path} holds no text", "every row is empty" if path.exists() else "", "give data with at least one row")
     return documents[: data.limit]
+
+
+def is_text(data: Data) -> bool:
+    """Whether a source is plain text: a text file or a folder of them."""
+    path = Path(data.path or "").expanduser()
+    return path.is_dir() or path.suffix in _TEXT
+
+
+def read_table(data: Data) -> Table:
+    """Column names of a file or hub dataset, and a way to a column."""
+    if not data.path:
+        raise UserError("no data was given", how="give data: {path: FILE, column: NAME}")
+    path = Path(data.path).expanduser()
+    if path.is_file():
+        return table(path)
+    if path.is_absolute() or path.suffix or data.path.startswith("."):
+        raise UserError(f"no data at {path}", how="check the path")
+    return _hub(data)
 
 
 def _hub(data: Data) -> Table:

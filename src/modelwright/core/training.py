@@ -160,6 +160,7 @@ def fit(
     for t in techniques:
         t.select(model, anatomy, seed)
         rows = t.prepare(rows)
+    combine(techniques, surroundings(model, train))  # what edits gradients is known only now
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"{' and '.join(t.name for t in techniques)} leave nothing to train", "every weight is frozen", "loosen one")
     if rows.segments is not None:

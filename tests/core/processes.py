@@ -1,0 +1,121 @@
+"""Training runs for test_processes.py, by one process or under torchrun: python processes.py FOLDER PROCESSES."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from families import model_of
+from modelwright.core import dist
+from modelwright.core.knobs import Train
+from modelwright.core.packing import Texts, packed
+from modelwright.core.technique import Technique
+from modelwright.core.text import Rows
+from modelwright.core.training import fit
+from modelwright.tune import hft, key_value, lora, migu
+
+
+def chats() -> Rows:
+    """Packed rows of texts with uneven lengths and weights."""
+    g = torch.Generator().manual_seed(5)
+    texts = Texts()
+    for i in range(40):
+        n = int(torch.randint(3, 15, (), generator=g))
+        texts.ids.append(torch.randint(3, 96, (n,), generator=g).tolist())
+        texts.weights.append([0.0, *([1.0, 0.1][i % 2] * float(x > 0.3) for x in torch.rand(n - 1, generator=g)), 0.5][:n])
+    return packed(texts, 16, 8, seed=0)
+
+
+def ragged() -> Rows:
+    g = torch.Generator().manual_seed(6)
+    ids = torch.randint(3, 96, (29, 16), generator=g, dtype=torch.int32)
+    lengths = torch.randint(3, 17, (29,), generator=g)
+    real = torch.arange(16) < lengths[:, None]
+    return Rows(torch.where(real, ids, 0), torch.where(real, ids, -100), lengths)
+
+
+def _migu(**k: Any) -> Callable[[], list[Technique]]:
+    return lambda: [migu.Migu(migu.Knobs(leak_every=2, **k))]
+
+
+CASES: dict[str, tuple[str, Callable[[], list[Technique]], Callable[[], Rows], dict[str, Any]]] = {
+    "full": ("llama", lambda: [Technique()], ragged, {}),
+    "full accumulated": ("llama", lambda: [Technique()], ragged, {"accumulate": 2}),
+    "full recomputed": ("llama", lambda: [Technique()], ragged, {"gradient_checkpointing": True}),
+    "weighted packed": ("llama", lambda: [Technique()], chats, {}),
+    "hft": ("llama", lambda: [hft.Hft(hft.Knobs())], ragged, {"weight_decay": 0.1}),
+    "hft fused": ("phi3", lambda: [hft.Hft(hft.Knobs(round=1))], ragged, {"weight_decay": 0.1}),
+    "hft experts": ("mixtral", lambda: [hft.Hft(hft.Knobs(round=2))], ragged, {"weight_decay": 0.1}),
+    "values": ("llama", lambda: [key_value.KeyValue(key_value.Knobs(part="values"))], ragged, {}),
+    "migu": ("llama", _migu(), ragged, {}),
+    "migu accumulated recomputed": ("llama", _migu(guard="update"), ragged, {"accumulate": 2, "gradient_checkpointing": True}),
+    "migu random": ("llama", _migu(rows="random", guard="update"), ragged, {}),
+    "migu conv1d": ("gpt2", _migu(guard="update"), ragged, {}),
+    "lora": ("llama", lambda: [lora.Lora(lora.Knobs(r=2))], ragged, {}),
+    "lora migu": ("llama", lambda: [lora.Lora(lora.Knobs(r=2)), *_migu(guard="update")()], ragged, {}),
+    "all together": ("llama", lambda: [hft.Hft(hft.Knobs()), *_migu(guard="update")()], chats, {}),
+}
+
+
+def _model(family: str) -> Any:
+    model = model_of(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):  # each process draws its own
+            module.p = 0.0
+    return model
+
+
+def one(name: str, folder: Path, stop: int | None = None, **changes: Any) -> dict[str, Any] | None:
+    """Train one case; what to compare, on the first process. With `stop` the run is broken off there and taken up again."""
+    family, make, data, train = CASES[name]
+    knobs = Train(**{"batch": 8 // dist.world(), "lr": 1e-4, "schedule": "constant", "warmup": 0.0, "epochs": 2.0, "save_every": 1} | train)
+    knobs = Train(**vars(knobs) | changes)
+
+    def tick(step: int, of: int) -> None:
+        if step == stop:
+            raise KeyboardInterrupt
+
+    arguments = {"evals": {"new": ragged()}, "folder": folder, "seed": 3}
+    techniques = make()
+    try:
+        out = fit(_model(family), data(), knobs, techniques=techniques, tick=tick, **arguments)
+    except KeyboardInterrupt:
+        stop, techniques = None, make()
+        out = fit(_model(family), data(), knobs, techniques=techniques, **arguments)
+    if dist.rank():
+        return None
+    model = out.model
+    for t in techniques:
+        model = t.export(model, folder)
+    return {
+        "weights": {n: p.detach().clone() for n, p in model.named_parameters()},
+        "masks": {n: m for t in techniques if hasattr(t, "masks") for n, m in t.masks.items()},
+        "frozen": {n: m for t in techniques if hasattr(t, "frozen") for n, m in t.frozen.items()},
+        "evals": [e["loss"] for e in out.evals],
+        "liveness": out.liveness,
+        "facts": out.facts,
+        "tokens": out.tokens,
+        "steps": out.steps,
+    }
+
+
+def main(folder: Path, processes: int) -> None:
+    torch.set_num_threads(1)
+    dist.start(processes)
+    for strategy in ("ddp", "fsdp2"):
+        for name in CASES:
+            found = one(name, folder / f"{strategy} {name}", strategy=strategy)
+            if found:
+                torch.save(found, folder / f"{strategy} {name}.pt")
+        for name in ("migu", "hft fused"):
+            found = one(name, folder / f"{strategy} {name} resumed", stop=3, strategy=strategy)
+            if found:
+                torch.save(found, folder / f"{strategy} {name} resumed.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
