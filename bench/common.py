@@ -5,12 +5,15 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from modelwright.core.lineage import versions
+from modelwright.core.report import Report, Section
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(os.environ.get("MODELWRIGHT_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -26,8 +29,12 @@ def save(
     seeds: list[int] | None = None,
     notes: list[str] | None = None,
     command: str | None = None,
+    plots: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Write bench/results/NAME.json. `claim` is what was to be shown, `outcome` what was seen, negative results included."""
+    """Write bench/results/NAME.json. `claim` is what was to be shown, `outcome` what was seen, negative results included.
+
+    With plots (see core/plots.py) a page NAME.html is written beside it.
+    """
     RESULTS.mkdir(exist_ok=True)
     result = {
         "name": name,
@@ -42,7 +49,31 @@ def save(
         "versions": versions(),
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if plots:
+        table = {"title": "Results", "columns": columns, "rows": rows}
+        lists = [{"title": "Notes", "columns": [""], "rows": [[n] for n in notes], "prose": True}] if notes else []
+        section = Section(claim, outcome, tables=[table, *lists], plots=plots)
+        facts = {"seeds": result["seeds"], "command": result["command"], "date": result["date"], **result["versions"]}
+        (RESULTS / f"{name}.html").write_text(Report(name.replace("_", " "), [section], facts).html(), encoding="utf-8")
     print(json.dumps(result, indent=1))
+
+
+class Cache:
+    """Results by key in a file, one line each, so that a long benchmark may be stopped and taken up again."""
+
+    def __init__(self, name: str):
+        self.file = Path(os.environ.get("MODELWRIGHT_BENCH_CACHE", tempfile.gettempdir())) / f"modelwright-{name}.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.known: dict[str, Any] = dict(json.loads(line) for line in lines)
+
+    def __call__(self, key: list[Any], make: Callable[[], Any]) -> Any:
+        text = json.dumps(key)
+        if text not in self.known:
+            self.known[text] = make()
+            with self.file.open("a") as file:
+                file.write(json.dumps([text, self.known[text]]) + "\n")
+            print(text, str(self.known[text])[:200], flush=True)
+        return self.known[text]
 
 
 def spread(values: list[float]) -> str:

@@ -1,6 +1,7 @@
 """Every method with tiny knobs: one row per registry entry, run by test_matrix.py over the families it fits."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
@@ -13,11 +14,13 @@ class Row:
     knobs: dict[str, Any]
     proofs: tuple[str, ...]
     families: tuple[str, ...] = DENSE
-    data: bool = False  # give token ids as data
+    data: bool | str = False  # True: token ids as data; or a name of what else is made
     loads_in: dict[str, str] = field(default_factory=dict)
 
 
 _TRAIN = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100, "warmup": 0.0}
+_PAIRS = str(Path(__file__).parent / "reward" / "pairs.jsonl")
+_TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
     "reshape.fresh": Row(
@@ -42,5 +45,41 @@ ROWS: dict[str, Row] = {
         families=(*DENSE, "gpt2", "gpt_neox", "opt", "mixtral"),
         data=True,
     ),
+    "tune.hft": Row(
+        {"train": _TRAIN}, ("tests/tune/test_hft.py",), families=(*DENSE, "gpt2", "gpt_neox", "phi3", "mixtral", "qwen3_moe"), data=True
+    ),
+    "tune.migu": Row(
+        {"train": _TRAIN, "guard": "update"}, ("tests/tune/test_migu.py",), families=(*DENSE, "gpt2", "gpt_neox", "phi3", "opt"), data=True
+    ),
+    "tune.key_value": Row(
+        {"train": _TRAIN}, ("tests/tune/test_key_value.py",), families=(*DENSE, "gpt2", "phi3", "mixtral"), data=True
+    ),
+    "tune.c_rlft": Row(
+        {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
+        ("tests/tune/test_c_rlft.py", "tests/core/test_packing.py"),
+        families=("seedling",),
+        data="chats",
+    ),
+    "tune.mix": Row({"train": _TRAIN, "methods": ["hft", {"migu": {"guard": "update"}}]}, ("tests/tune/test_mix.py",), data=True),
+    "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
+    "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
+    "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),
     "tune.lora": Row({"train": _TRAIN, "r": 2}, ("tests/tune/test_tune.py",), families=(*DENSE, "gpt2", "phi3"), data=True),
+    "reward.calibrate": Row(
+        {"scores": _PAIRS, "frac": 0.5},
+        ("tests/reward/test_calibrate.py", "tests/reward/test_scores.py", "tests/reward/test_wrapper.py"),
+        families=("",),
+    ),
+    "judge.llmbar": Row(
+        {"replay": str(_TINY)},
+        ("tests/judge/test_llmbar.py", "tests/judge/test_verdict.py", "tests/judge/test_judges.py", "tests/judge/test_endpoint.py"),
+        families=("",),
+    ),
+    "judge.select": Row({"chains": str(_TINY / "chains.jsonl"), "kind": "letters"}, ("tests/judge/test_select.py",), families=("",)),
+    "judge.aor": Row(
+        {"chains": str(_TINY / "chains.jsonl"), "kind": "letters", "verifier": "letters"}, ("tests/judge/test_aor.py",), families=("",)
+    ),
+    "reward.bench": Row(
+        {"suite": "rewardbench", "scores": _PAIRS, "ratio": 0.5, "draws": 100}, ("tests/reward/test_bench.py",), families=("",)
+    ),
 }

@@ -96,7 +96,8 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
             params.append(P(name, P.KEYWORD_ONLY, annotation=Annotated[kind | None if required else kind, shape], **required))
             continue
         flags = [f"--{flag}/--no-{flag}"] if f.type is bool else names
-        shape = {list: "YAML", dict: "YAML"}.get(get_origin(f.type)) or {int: "N", float: "X", bool: None}.get(f.type, "TEXT")
+        of = get_args(f.type)[0] if get_origin(f.type) is list else f.type
+        shape = "YAML" if get_origin(of) is dict or of is Any else {int: "N", float: "X", bool: None}.get(of, "TEXT")
         params.append(
             P(
                 name.replace(".", "__"),
@@ -123,6 +124,10 @@ def _step_command(e: registry.Entry) -> Callable[..., None]:
             "save": {"to": given["to"]},
         }
         knobs = raw["steps"][0][e.name]
+        for name, f in leaves:
+            if default_of(f) is MISSING and given[name.replace(".", "__")] is None:
+                flag = name.upper() if f.metadata.get("argument") else "--" + name.replace("_", "-").removesuffix(".path")
+                raise UserError(f"{flag} is missing", f.metadata.get("help", ""), f"give {flag}")
         for name, kind in kinds.items():
             value = given[name.replace(".", "__")]
             if value is not None:
@@ -258,7 +263,8 @@ def show(name: Annotated[str, typer.Argument(help="A method, such as reshape.upc
             }
         )
         return
-    typer.secho(f"{e.name}  ({e.paper}); the result loads in {e.loads_in}", bold=True)
+    loads = f"; the result loads in {e.loads_in}" if e.loads_in else ""
+    typer.secho(f"{e.name}  ({e.paper}){loads}", bold=True)
     typer.echo(registry.doc(e).strip() + "\n")
     width = max(len(r[0]) for r in rows)
     for n, default, kind, meaning in rows:

@@ -62,12 +62,67 @@ ENTRIES = [
         "arXiv 2212.05055, 2502.19261, 2403.07816",
         loads_in=STOCK,
     ),
+    Entry(
+        "reshape.half_reset",
+        "modelwright.reshape.half_reset:half_reset",
+        "give a tuned model half of its pre-trained matrices back",
+        "arXiv 2404.18466",
+        loads_in=STOCK,
+    ),
+    Entry(
+        "reshape.edit",
+        "modelwright.reshape.edit:edit",
+        "teach one fact by moving the keys or the values of one layer's memories",
+        "arXiv 2402.12233",
+        loads_in=STOCK,
+    ),
     Entry("tune.full", "modelwright.tune.full:Full", "train every weight", "the baseline", takes=("checkpoint", "dataset"), loads_in=STOCK),
+    Entry(
+        "judge.continual",
+        "modelwright.judge.continual:continual",
+        "accuracy matrices of task sequences: AA, BWT, FWT, learning accuracy; or train a sequence and fill one",
+        "GEM 1706.08840, TRACE 2310.06762",
+        takes=(),
+        gives=(),
+        may_take=("checkpoint",),
+    ),
     Entry(
         "tune.mix",
         "modelwright.tune.mix:Mix",
         "several ways to tune in one step: selectors, update rules, loss terms and data policies together",
         "ours",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK,
+    ),
+    Entry(
+        "tune.hft",
+        "modelwright.tune.hft:Hft",
+        "half fine-tuning: freeze a random half of the matrices each round",
+        "arXiv 2404.18466",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK,
+    ),
+    Entry(
+        "tune.migu",
+        "modelwright.tune.migu:Migu",
+        "only output units that fire strongly may move",
+        "arXiv 2406.17245",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK,
+    ),
+    Entry(
+        "tune.key_value",
+        "modelwright.tune.key_value:KeyValue",
+        "tune the keys or the values of the feed-forward memories",
+        "arXiv 2402.12233",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK,
+    ),
+    Entry(
+        "tune.c_rlft",
+        "modelwright.tune.c_rlft:CRlft",
+        "mixed-quality chats: the source as a condition and a weight, padding-free packing",
+        "arXiv 2309.11235",
         takes=("checkpoint", "dataset"),
         loads_in=STOCK,
     ),
@@ -95,6 +150,32 @@ ENTRIES = [
         "arXiv 2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475",
         takes=(),
         gives=(),
+    ),
+    Entry(
+        "judge.llmbar",
+        "modelwright.judge.llmbar:llmbar",
+        "how well a judge follows instructions: fifteen ways to ask, both orders; recorded runs recomputed",
+        "arXiv 2310.07641",
+        takes=(),
+        gives=(),
+        may_take=("checkpoint",),
+    ),
+    Entry(
+        "judge.select",
+        "modelwright.judge.select:select_step",
+        "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves",
+        "arXiv 2203.11171, 2210.00720, 2401.10480, 2305.11860",
+        takes=(),
+        gives=(),
+    ),
+    Entry(
+        "judge.aor",
+        "modelwright.judge.aor:aor_step",
+        "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling",
+        "arXiv 2405.12939",
+        takes=(),
+        gives=(),
+        may_take=("checkpoint",),
     ),
 ]
 FAMILIES = {
@@ -141,6 +222,13 @@ def mixed(mix: Any) -> list[tuple[Entry, Any]]:
             raise UserError(f"methods.{name} has {', '.join(sorted(extra))}", "data and training are shared", "give it beside methods")
         found.append((e, dataclasses.replace(build(knobs(e), own or {}, f"methods.{name}"), **shared)))
     return found
+
+
+def techniques(name: str, values: dict[str, Any]) -> list[Any]:
+    """The technique, or the techniques of a mix, called `name` with plain settings; imports them."""
+    e = entry(name if "." in name else f"tune.{name}")
+    made = build(knobs(e), values, e.name)
+    return [load(one)(k) for one, k in (mixed(made) if e.name == "tune.mix" else [(e, made)])]
 
 
 @cache

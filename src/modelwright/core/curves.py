@@ -31,7 +31,8 @@ class Curve:
 
 
 def lowess(x: np.ndarray, y: np.ndarray, *, frac: float = 2 / 3, it: int = 3, delta: float = 0.0) -> Curve:
-    """Locally weighted regression of y (n,) on x (n,); one knot for each different x.
+    """Locally weighted regression of y (n,) on x (n,); one knot for each x where a line was fitted: all different x, or
+    with `delta` the sparse ones between which heights are interpolated.
 
     frac: share of the points under each line. it: rounds of robust reweighting. delta: within this distance (in units of
     x) of the last fitted x, heights are interpolated. Raises UserError when all x are equal.
@@ -64,7 +65,7 @@ def lowess(x: np.ndarray, y: np.ndarray, *, frac: float = 2 / 3, it: int = 3, de
             scale = 6 * np.median(rest)
             u = rest / scale if scale > 0 else (rest > 0).astype(np.float64)
             robust = (1 - np.minimum(u, 1.0) ** 2) ** 2
-    return Curve(knots, fitted)
+    return Curve(at, heights)
 
 
 def _anchors(knots: np.ndarray, x: np.ndarray, delta: float) -> np.ndarray:

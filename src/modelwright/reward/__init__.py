@@ -1,0 +1,1 @@
+"""Reward scores: calibration after the fact, benchmarks from score files."""
