@@ -156,7 +156,7 @@ def _run(recipe: recipes.Recipe, as_json: bool, keep: bool = True, nproc: int = 
     from modelwright.core.progress import choose
     from modelwright.runner import run_recipe
 
-    with _resumable():
+    with _resumable(keep):
         result = run_recipe(recipe, choose(as_json), keep, nproc)
     if as_json:
         _print_json(result.plain())
@@ -167,12 +167,12 @@ def _run(recipe: recipes.Recipe, as_json: bool, keep: bool = True, nproc: int = 
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
+def _resumable(keep: bool) -> Iterator[None]:
     """Ctrl-C is exit code 130 and a sentence."""
     try:
         yield
     except KeyboardInterrupt:
-        typer.secho("stopped; the same command continues where it was", err=True)
+        typer.secho("stopped; the same command continues where it was" if keep else "stopped; nothing was kept", err=True)
         raise typer.Exit(130) from None
 
 

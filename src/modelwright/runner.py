@@ -205,7 +205,9 @@ def _measure(r: Run, step: Step, folder: Path) -> dict[str, Any]:
     source = None
     if r.checkpoint and "checkpoint" in (*step.entry.takes, *step.entry.may_take):
         from modelwright.core.checkpoint import Checkpoint
+        from modelwright.drivers import calm
 
+        calm()
         source = Checkpoint(r.checkpoint)
     found: Finding = registry.load(step.entry)(step.knobs, Job(folder, r.recipe.seed, r.progress, source, registry.techniques))
     return {f.name: getattr(found, f.name) for f in fields(found)}

@@ -123,7 +123,7 @@ def test_a_bad_row_is_one_sentence(said: str, tmp_path: Path) -> None:
         ("a.json", "{", "does not parse"),
         ("a.jsonl", "", "is empty"),
         ("a.xyz", "a", "unknown ending"),
-        ("a.jsonl.gz", "a", "does not unpack"),
+        ("a.jsonl.gz", "a", "does not parse"),
     ],
 )
 def test_a_broken_file_is_one_sentence(name: str, text: str, said: str, tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Padding-free packing: several texts in one row of fixed capacity, none cut, none seeing another.
 
 `multipack` is OpenChat's sampler (2309.11235, released code): shuffle, then for each optimizer step take the longest
-prefix that first-fit-decreasing packs into the step's bins. Ours keeps the tail that the released code drops.
+prefix that first-fit-decreasing packs into the step's bins. Ours keeps the tail that the released code drops, and packs
+the bins of several steps at once: rows are shuffled anyway, and a small batch would fill its bins badly.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +12,9 @@ import torch
 
 from modelwright.core.errors import UserError
 from modelwright.core.text import IGNORE, Rows
+
+
+_BINS = 32  # that are packed together, at least
 
 
 @dataclass
@@ -72,7 +76,8 @@ def multipack(lengths: list[int], capacity: int, bins: int, seed: int = 0) -> li
 def packed(texts: Texts, capacity: int, bins: int, seed: int) -> Rows:
     """One row per bin. A text longer than the capacity is left out and counted; the first token of a text is not learnt."""
     fits = [i for i, ids in enumerate(texts.ids) if len(ids) <= capacity]
-    made = [[fits[j] for j in b] for b in multipack([len(texts.ids[i]) for i in fits], capacity, bins, seed)]
+    together = bins * -(-_BINS // bins)
+    made = [[fits[j] for j in b] for b in multipack([len(texts.ids[i]) for i in fits], capacity, together, seed)]
     return _rows(texts, made, capacity, True)
 
 

@@ -49,6 +49,13 @@ def _text(kind: str, x: float, y: float, words: str, anchor: str = "middle") -> 
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
+def _below(x: float, y: float, words: str, tilt: bool) -> str:
+    """A label under the axis; a long one is tilted."""
+    if not tilt:
+        return _text("tick", x, y, words)
+    return f'<text class="tick" transform="translate({x:.1f} {y - 6:.1f}) rotate(-35)" text-anchor="end">{escape(words)}</text>'
+
+
 def _axes(x: str, y: str, bottom: float, height: float) -> str:
     up = f'<text class="axis" transform="translate(15 {(TOP + bottom) / 2:.1f}) rotate(-90)" text-anchor="middle">{escape(y)}</text>'
     return _text("axis", (LEFT + W - RIGHT) / 2, height - 8, x) + up
@@ -94,9 +101,12 @@ def _bars(p: dict[str, Any]) -> tuple[str, list[str]]:
     sy = _scale(ty[0], ty[-1], H - BOTTOM, TOP)
     slot = (W - LEFT - RIGHT) / len(p["groups"])
     width = slot * 0.76 / len(p["series"])
-    every = max(1, math.ceil(len(p["groups"]) * 7 * max(map(len, map(str, p["groups"]))) / (W - LEFT - RIGHT)))
-    xs = [(LEFT + slot * (i + 0.5), str(g)) for i, g in enumerate(p["groups"]) if i % every == 0]
-    body = _frame(xs, [(sy(t), number(t)) for t in ty], p.get("x", ""), p["y"])
+    longest = max(map(len, map(str, p["groups"])))
+    tilt = 6.4 * longest > slot and not all(str(g).isdigit() for g in p["groups"])
+    every = 1 if tilt else max(1, math.ceil(len(p["groups"]) * 7 * longest / (W - LEFT - RIGHT)))
+    body = _frame([], [(sy(t), number(t)) for t in ty], "" if tilt else p.get("x", ""), p["y"])
+    for i, g in enumerate(p["groups"]):
+        body += _below(LEFT + slot * (i + 0.5), H - BOTTOM + 18, str(g), tilt) if i % every == 0 else ""
     for j, (name, series) in enumerate(p["series"].items()):
         for i, v in enumerate(series):
             if v is None:
@@ -111,21 +121,24 @@ def _bars(p: dict[str, Any]) -> tuple[str, list[str]]:
         y = sy(p["line"]["at"])
         body += f'<line class="mark" x1="{LEFT}" x2="{W - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
         body += _text("tick", W - RIGHT, y - 5, p["line"]["name"], "end")
-    return _svg(body, p["title"]), list(p["series"])
+    return _svg(body, p["title"], H + int(4 * longest) - 20 if tilt else H), list(p["series"])
 
 
 def _heat(p: dict[str, Any]) -> tuple[str, list[str]]:
     rows, columns = p["rows"], p["columns"]
     cell_h = min(34, max(16, 240 / len(rows)))
     height = int(TOP + cell_h * len(rows) + BOTTOM)
-    cell_w = (W - LEFT - RIGHT) / len(columns)
+    left = max(LEFT, min(W // 3, 26 + 6.4 * max(len(str(r)) for r in rows)))
+    cell_w = (W - left - RIGHT) / len(columns)
+    tilt = 6.4 * max(len(str(c)) for c in columns) > cell_w
+    height += int(4 * max(len(str(c)) for c in columns)) if tilt else 0
     top = max((v for row in p["values"] for v in row), default=1) or 1
     body = ""
     for i, (name, row) in enumerate(zip(rows, p["values"], strict=True)):
         y = TOP + cell_h * i
-        body += _text("tick", LEFT - 8, y + cell_h / 2 + 4, str(name), "end")
+        body += _text("tick", left - 8, y + cell_h / 2 + 4, str(name), "end")
         for j, v in enumerate(row):
-            x = LEFT + cell_w * j
+            x = left + cell_w * j
             size = f'width="{cell_w - 2:.1f}" height="{cell_h - 2:.1f}"'
             body += (
                 f'<rect class="h" x="{x:.1f}" y="{y:.1f}" {size} rx="2" style="--v:{v / top:.3f}">'
@@ -136,6 +149,6 @@ def _heat(p: dict[str, Any]) -> tuple[str, list[str]]:
                 ink = "on" if v / top > 0.55 else "off"
                 body += _text(f"cell {ink}", x + cell_w / 2 - 1, y + cell_h / 2 + 3, label)
     bottom = TOP + cell_h * len(rows)
-    body += "".join(_text("tick", LEFT + cell_w * (j + 0.5), bottom + 16, str(c)) for j, c in enumerate(columns))
+    body += "".join(_below(left + cell_w * (j + 0.5), bottom + 16, str(c), tilt) for j, c in enumerate(columns))
     body += _axes(p["x"], p["y"], bottom, height)
     return _svg(body, p["title"], height), []

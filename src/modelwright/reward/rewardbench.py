@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from modelwright.core.errors import UserError
-from modelwright.core.tables import numbers
+from modelwright.core.tables import numbers, table
 from modelwright.reward.evidence import Heads
-from modelwright.reward.scores import Scores, Source, open_table, pairs, read
+from modelwright.reward.scores import Scores, Source, pairs, read
 from modelwright.reward.suites import Case, Texts, counted, files, mean_of, text_of, texts
 
 COUNTS = {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40}
@@ -85,7 +85,7 @@ def _with_texts(source: Source, features: list[str], known: Texts) -> Scores:
 def _has_scores(file: Path, columns: dict[str, str]) -> bool:
     if file.suffix == ".json" and isinstance(whole := json.loads(file.read_text(encoding="utf-8")), dict):
         return columns.get("scores_chosen", "scores_chosen") in whole
-    return columns.get("scores_chosen", "scores_chosen") in open_table(file)[0]
+    return columns.get("scores_chosen", "scores_chosen") in table(file)[0]
 
 
 def _shares(file: Path) -> tuple[str | None, dict[str, float]] | None:

@@ -6,11 +6,7 @@ from the text: length (characters), words, markdown (headers, list items and bol
 Post-hoc Reward Calibration's code), tokens (with a tokenizer).
 """
 
-import gzip
-import json
 import re
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from modelwright.core.errors import UserError, did_you_mean
-from modelwright.core.tables import Table, column, numbers, table
+from modelwright.core.tables import column, numbers, table
 
 ROLES = ("scores_chosen", "scores_rejected", "text_chosen", "text_rejected", "score", "text", "group", "label", "id", "subset")
 _HEADER, _ITEM = re.compile(r"^\s{0,3}#{1,6}\s+", re.MULTILINE), re.compile(r"^\s*[-+*] |\d+\.\s", re.MULTILINE)
@@ -73,44 +69,12 @@ def ordered_pairs(group: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.
     return np.concatenate(better), np.concatenate(worse)
 
 
-def open_table(path: Path) -> Table:
-    """core.tables' formats, the same gzipped, and json that is an object of columns (RewardBench's eval-set-scores)."""
-    if path.suffix == ".gz" and path.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            plain = Path(folder) / path.stem
-            try:
-                with gzip.open(path) as packed, open(plain, "wb") as out:
-                    shutil.copyfileobj(packed, out)
-            except (OSError, EOFError) as error:
-                raise UserError(f"{path} does not unpack", str(error)) from None
-            try:
-                return open_table(plain)
-            except UserError as error:
-                raise UserError(error.what.replace(str(plain), str(path)), error.why, error.how) from None
-    if path.suffix == ".json" and path.is_file():
-        with open(path, encoding="utf-8") as file:
-            if file.read(256).lstrip()[:1] == "{":
-                return _columns(path)
-    return table(path)
-
-
-def _columns(path: Path) -> Table:
-    try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} does not parse", str(error)) from None
-    lists = {k: v for k, v in whole.items() if isinstance(v, list)}
-    if not lists or len({len(v) for v in lists.values()}) > 1 or not next(iter(lists.values())):
-        raise UserError(f"{path} does not parse as a table", "it must hold a list of objects, or columns of one length")
-    return list(lists), lists.__getitem__
-
-
 class Source:
     """One file and its column map."""
 
     def __init__(self, path: Path, columns: dict[str, str] | None = None, tokenizer: str | None = None, roles: tuple[str, ...] = ROLES):
         self.path, self.map, self.tokenizer = path, columns or {}, tokenizer
-        self.table = open_table(path)
+        self.table = table(path)
         for role, name in self.map.items():
             if role not in roles and not role.endswith(("_chosen", "_rejected")):
                 raise UserError(f"columns has an unknown role '{role}'", how=did_you_mean(role, roles))

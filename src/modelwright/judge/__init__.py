@@ -1,0 +1,1 @@
+"""Judging and selecting answers: one judge layer, strategies to compare two outputs, ways to pick one of many answers."""
