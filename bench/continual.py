@@ -1,9 +1,8 @@
 """Five real tasks one after another: what is left at the end, and is MIGU's choice of rows better than chance?
 
 A tiny Llama with its own tokenizer is trained on the mixed texts of the tasks, 600 answered examples of each, then learns agnews, sst-2,
-amazon, qqp and mnli in this order from 400 others; labels are words, scored by likelihood within the task's own label
-set. Full tuning's learning rate is swept;
-each method runs at every one of the rates too. Control: as many random rows as MIGU lets move.
+amazon, qqp and mnli in this order from 400 others; labels are words, scored by likelihood within the task's own label set. Full tuning's
+learning rate is swept and the other methods run at its best one (adapters at five times it). Control: as many random rows as MIGU moves.
 """
 
 import argparse
@@ -36,7 +35,7 @@ def main() -> None:
     args.add_argument("--examples", type=int, default=400, help="per task")
     args.add_argument("--test", type=int, default=100, help="per task")
     args.add_argument("--seeds", type=int, default=3)
-    args.add_argument("--lrs", type=float, nargs="+", default=[5e-4, 2e-3])
+    args.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     a = args.parse_args()
     torch.set_num_threads(1)
     drivers.calm()
@@ -55,22 +54,22 @@ def main() -> None:
         )
         return next(iter(found.steps[0]["metrics"].values()))
 
-    runs = {
-        (arm, lr, s): cache([arm, lr, s], lambda arm=arm, lr=lr, s=s: once(arm, lr, s))
-        for s in range(a.seeds)
-        for arm in ARMS
-        for lr in a.lrs
-    }
+    def of(arm: str, lr: float, s: int) -> dict:
+        return cache([arm, lr, s], lambda: once(arm, lr, s))
+
+    runs = {("full", lr, s): of("full", lr, s) for s in range(a.seeds) for lr in a.lrs}
+    chosen = max(a.lrs, key=lambda lr: sum(runs["full", lr, s]["AA"] for s in range(a.seeds)))
+    runs |= {(arm, chosen, s): of(arm, chosen, s) for s in range(a.seeds) for arm in ARMS}
     rows, means = [], {}
     for arm in ARMS:
-        for lr in a.lrs:
-            of = [runs[arm, lr, s] for s in range(a.seeds)]
-            means[arm, lr] = {k: [m[k] for m in of] for k in ("AA", "BWT", "LA")}
+        for lr in a.lrs if arm == "full" else [chosen]:
+            found = [runs[arm, lr, s] for s in range(a.seeds)]
+            means[arm, lr] = {k: [m[k] for m in found] for k in ("AA", "BWT", "LA")}
             rows.append([arm, f"{lr * (5 if arm.startswith('LoRA') else 1):g}", *(spread(means[arm, lr][k]) for k in ("AA", "BWT", "LA"))])
-    best = {arm: max(a.lrs, key=lambda lr, arm=arm: statistics.mean(means[arm, lr]["AA"])) for arm in ARMS}
+    best = dict.fromkeys(ARMS, chosen)
     save(
         "continual",
-        claim="Over a sequence of tasks MIGU and HFT end with a higher average accuracy than sequential full tuning at its best learning rate, "
+        claim="Over a sequence of tasks MIGU and HFT end with a higher average accuracy than full tuning at its best learning rate, "
         "and MIGU higher than random rows (2406.17245, 2404.18466)",
         outcome=outcome(means, best),
         columns=["method", "lr", "AA", "BWT", "learning accuracy"],
@@ -86,7 +85,7 @@ def main() -> None:
         plots=[
             {
                 "kind": "bars",
-                "title": "At each method's best rate",
+                "title": "At full tuning's best rate",
                 "y": "accuracy, %",
                 "groups": list(ARMS),
                 "series": {k: [statistics.mean(means[arm, best[arm]][k]) for arm in ARMS] for k in ("AA", "LA")},
@@ -131,7 +130,7 @@ def outcome(means: dict, best: dict) -> str:
     gap = [x - y for x, y in zip(migu, chance, strict=True)]
     clear = abs(statistics.mean(gap)) > statistics.stdev(gap)
     verdict = "clear of" if clear else "within"
-    return f"AA at each method's best rate: {', '.join(words)}. MIGU (update) minus random rows: {spread(gap)}, {verdict} the spread."
+    return f"AA at full tuning's best rate: {', '.join(words)}. MIGU (update) minus random rows: {spread(gap)}, {verdict} the spread."
 
 
 if __name__ == "__main__":

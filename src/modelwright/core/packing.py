@@ -13,7 +13,6 @@ import torch
 from modelwright.core.errors import UserError
 from modelwright.core.text import IGNORE, Rows
 
-
 _BINS = 32  # that are packed together, at least
 
 

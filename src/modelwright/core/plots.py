@@ -3,7 +3,7 @@
 A plot is a plain dictionary, so it lies in the json of a step and is drawn when a page is made:
 {"kind": "line", "title", "x", "y", "series": {name: [[x, y], ...]}}
 {"kind": "bars", "title", "y", "groups": [...], "series": {name: [...]}}
-{"kind": "heat", "title", "x", "y", "columns": [...], "rows": [...], "values": [[...]]}
+{"kind": "heat", "title", "x", "y", "columns": [...], "rows": [...], "values": [[...]]}, None for an empty cell
 """
 
 import math
@@ -102,7 +102,7 @@ def _bars(p: dict[str, Any]) -> tuple[str, list[str]]:
     slot = (W - LEFT - RIGHT) / len(p["groups"])
     width = slot * 0.76 / len(p["series"])
     longest = max(map(len, map(str, p["groups"])))
-    tilt = 6.4 * longest > slot and not all(str(g).isdigit() for g in p["groups"])
+    tilt = 7 * longest > slot and not all(str(g).isdigit() for g in p["groups"])
     every = 1 if tilt else max(1, math.ceil(len(p["groups"]) * 7 * longest / (W - LEFT - RIGHT)))
     body = _frame([], [(sy(t), number(t)) for t in ty], "" if tilt else p.get("x", ""), p["y"])
     for i, g in enumerate(p["groups"]):
@@ -132,12 +132,14 @@ def _heat(p: dict[str, Any]) -> tuple[str, list[str]]:
     cell_w = (W - left - RIGHT) / len(columns)
     tilt = 6.4 * max(len(str(c)) for c in columns) > cell_w
     height += int(4 * max(len(str(c)) for c in columns)) if tilt else 0
-    top = max((v for row in p["values"] for v in row), default=1) or 1
+    top = max((v for row in p["values"] for v in row if v is not None), default=1) or 1
     body = ""
     for i, (name, row) in enumerate(zip(rows, p["values"], strict=True)):
         y = TOP + cell_h * i
         body += _text("tick", left - 8, y + cell_h / 2 + 4, str(name), "end")
         for j, v in enumerate(row):
+            if v is None:  # nothing was measured
+                continue
             x = left + cell_w * j
             size = f'width="{cell_w - 2:.1f}" height="{cell_h - 2:.1f}"'
             body += (
