@@ -49,6 +49,7 @@ class Run:
     tasks: list[str]
     a: list[list[float | None]]
     start: list[float | None] | None = None
+    cut: list[dict[str, int]] | None = None  # sentences that lost their end at the context, by task: train, test
 
     def measures(self) -> dict[str, Any]:
         """AA, BWT, BWT as in TRACE, FWT, LA and OP by stage; None where an entry is missing."""
@@ -98,9 +99,12 @@ def _run(name: str, raw: Any) -> Run:
             a = [[(s.get("per") or {}).get(t) for t in tasks] for s in stages]
         n = len(tasks)
         if len(a) != n or any(len(row) != n for row in a):
-            raise ValueError(f"{len(a)} stages and {n} tasks")
-        a = [[None if v is None else float(v) for v in row] for row in a]
-        bad = [v for row in a for v in row if v is not None and not 0 <= v <= 100]
+            raise ValueError(f"{len(a)} stages and {n} tasks, or a row of another length")
+        if start is not None and len(start) != n:
+            raise ValueError(f"{len(start)} accuracies of the untrained model and {n} tasks")
+        a, start = ([[None if v is None else float(v) for v in row] for row in rows] for rows in (a, [start or []]))
+        start = start[0] or None
+        bad = [v for row in (*a, start or []) for v in row if v is not None and not 0 <= v <= 100]
         if bad:
             raise ValueError(f"{bad[0]} is no accuracy in percent")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -112,7 +116,7 @@ def _run(name: str, raw: Any) -> Run:
 
 def found(runs: dict[str, Run]) -> Finding:
     """Measures as metrics, tables and pictures."""
-    metrics = {name: r.measures() | {"tasks": r.tasks, "matrix": r.a, "untrained": r.start} for name, r in runs.items()}
+    metrics = {name: r.measures() | {"tasks": r.tasks, "matrix": r.a, "untrained": r.start, "cut": r.cut} for name, r in runs.items()}
     rows = [[n, *(_show(m[k]) for k in ("AA", "BWT", "FWT", "LA"))] for n, m in metrics.items()]
     plots: list[dict[str, Any]] = [
         {
@@ -122,7 +126,7 @@ def found(runs: dict[str, Run]) -> Finding:
             "y": "",
             "columns": r.tasks,
             "rows": [f"after {t}" for t in r.tasks],
-            "values": [[v or 0.0 for v in row] for row in r.a],
+            "values": r.a,
         }
         for name, r in runs.items()
     ]
@@ -136,11 +140,15 @@ def found(runs: dict[str, Run]) -> Finding:
     tiles = [
         (_show(one[k]), k, what) for k, what in (("AA", "average accuracy"), ("BWT", "backward transfer"), ("LA", "learning accuracy"))
     ]
+    tables: list[dict[str, Any]] = [{"title": "Percent", "columns": ["run", "AA", "BWT", "FWT", "LA"], "rows": rows}]
+    cut = [[name, t, c["train"], c["test"]] for name, r in runs.items() for t, c in zip(r.tasks, r.cut or [], strict=False)]
+    if any(c[2] + c[3] for c in cut):
+        tables.append({"title": "Sentences cut at the context", "columns": ["run", "task", "train", "test"], "rows": cut})
     return Finding(
         metrics,
         text="Average accuracy at the end, and how much of what was learnt is still there.",
         tiles=tiles if len(runs) == 1 else [],
-        tables=[{"title": "Percent", "columns": ["run", "AA", "BWT", "FWT", "LA"], "rows": rows}],
+        tables=tables,
         plots=plots,
     )
 
@@ -169,6 +177,8 @@ def read_task(file: Path, limit: int) -> Task:
     for split in ("train", "test", "labels"):
         if not isinstance(raw, dict) or not raw.get(split):
             raise UserError(f"task {file} has no '{split}'", "train, test and labels are needed")
+    if not all(isinstance(x, str) for x in raw["labels"]) or len(set(raw["labels"])) < len(raw["labels"]):
+        raise UserError(f"task {file} has wrong labels", "they are different texts", "write a list of words")
     task = Task(file.stem, raw["train"], raw["test"][:limit], list(raw["labels"]))
     for row in (*task.train, *task.test):
         if not isinstance(row, dict) or row.get("label") not in task.labels or not isinstance(row.get("sentence"), str):
@@ -183,14 +193,17 @@ def train_sequence(knobs: Knobs, job: Job) -> Run:
     tasks = [read_task(Path(t), knobs.limit) for t in knobs.tasks]
     assert job.technique
     state = job.folder / "stages.json"
-    done = json.loads(state.read_text()) if state.is_file() else {"a": [], "start": None}
-    learner = sequence.Learner(job.source, knobs.train, job.folder, len(done["a"]))
-    if knobs.untrained and done["start"] is None:
-        done["start"] = [learner.accuracy(t) for t in tasks]
-    for i in range(len(done["a"]), len(tasks)):
-        with job.progress.task(f"task {i + 1} of {len(tasks)}: {tasks[i].name}", 1) as tick:
-            learner.learn(tasks[i], i, job.technique(knobs.tune, knobs.settings), job.seed, tick.to)
-        done["a"].append([learner.accuracy(t) for t in tasks])
-        write_json(state, done)
-    learner.tidy()
-    return Run([t.name for t in tasks], done["a"], done["start"])
+    done = json.loads(state.read_text()) if state.is_file() else {"a": [], "start": None, "cut": []}
+    if len(done["a"]) < len(tasks):
+        learner = sequence.Learner(job.source, knobs.train, job.folder, len(done["a"]))
+        if knobs.untrained and done["start"] is None:
+            done["start"] = [learner.accuracy(t) for t in tasks]
+        for i in range(len(done["a"]), len(tasks)):
+            with job.progress.task(f"task {i + 1} of {len(tasks)}: {tasks[i].name}", 1) as tick:
+                cut = learner.learn(tasks[i], i, job.technique(knobs.tune, knobs.settings), job.seed, tick.to)
+            done["a"].append([learner.accuracy(t) for t in tasks])
+            done["cut"].append({"train": cut, "test": learner.cut(tasks[i])})
+            write_json(state, done)
+            learner.tidy(i)
+        learner.tidy(len(tasks))
+    return Run([t.name for t in tasks], done["a"], done["start"], done["cut"])

@@ -11,7 +11,7 @@ from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.packing import Texts, padded
-from modelwright.core.technique import LossTerm
+from modelwright.core.technique import LossTerm, overrides
 from modelwright.core.text import Rows, collate
 from modelwright.core.trainer import forward
 from modelwright.core.training import fit
@@ -24,25 +24,31 @@ class Learner:
         self.folder, self.train = folder, train
         self.tokenizer = source.tokenizer()
         self.model = (Checkpoint(self._kept(done - 1)) if done else source).model(torch.float32)
-        self._seen: dict[str, tuple[Rows, int]] = {}
+        self._seen: dict[int, tuple[Any, Rows]] = {}  # two tasks may have one name
 
     def _kept(self, i: int) -> Path:
         return self.folder / f"after-{i}"
 
-    def learn(self, task: Any, i: int, techniques: list[Any], seed: int, tick: Callable[[int, int], None]) -> None:
-        """Train on one task; the answer alone is learnt."""
+    def _run(self, i: int) -> Path:
+        return self.folder / f"task-{i}"
+
+    def learn(self, task: Any, i: int, techniques: list[Any], seed: int, tick: Callable[[int, int], None]) -> int:
+        """Train on one task; the answer alone is learnt. Returns how many sentences were cut."""
+        rows, train = self.rows([(r["sentence"], r["label"]) for r in task.train]), self.train
         for t in techniques:
+            if overrides(t, "rows"):
+                raise UserError(
+                    f"tune={t.name} cannot learn a task", "it makes its own rows, and the runner makes them here", "choose another"
+                )
             t.round, t.first_task = i, i == 0
-        rows = self.rows([(r["sentence"], r["label"]) for r in task.train])
-        out = fit(self.model, rows, self.train, techniques=techniques, evals={}, folder=self.folder / f"task-{i}", seed=seed + i, tick=tick)
+            train = t.settings(rows, train)
+        out = fit(self.model, rows, train, techniques=techniques, evals={}, folder=self._run(i), seed=seed + i, tick=tick)
         self.model = out.model
         for t in techniques:
-            self.model = t.export(self.model, self.folder / f"task-{i}")
+            self.model = t.export(self.model, self._run(i))
         self.model.requires_grad_(True)
         self.model.save_pretrained(self._kept(i))
-        shutil.rmtree(self.folder / f"task-{i}")
-        if i:
-            shutil.rmtree(self._kept(i - 1))
+        return sum(rows.facts["cut"])
 
     def rows(self, pairs: list[tuple[str, str]]) -> Rows:
         """Rows 'sentence, answer: label', the label learnt; a sentence too long loses its end, never its label."""
@@ -51,24 +57,21 @@ class Learner:
         heads = self.tokenizer([s.strip() for s, _ in pairs])["input_ids"]
         if (longest := max(map(len, tails))) + 2 > self.train.context:
             raise UserError(f"train.context={self.train.context} is too short", f"an answer alone has {longest} tokens", "raise it")
-        texts, cut = Texts(), 0
+        texts, cut = Texts(), []
         for head, tail in zip(heads, tails, strict=True):
             room = self.train.context - len(tail)
-            cut += len(head) > room
+            cut.append(len(head) > room)
             ids = head[:room] + tail
             texts.ids.append(ids)
             texts.weights.append([0.0] * (len(ids) - len(tail) + opening) + [1.0] * (len(tail) - opening))
         rows = padded(texts, self.train.context)
-        rows.facts["sentences cut at the context"] = cut
+        rows.facts["cut"] = cut
         return rows
 
     @torch.no_grad()
     def accuracy(self, task: Any) -> float:
         """Share of test examples whose likeliest label is right, in percent."""
-        if task.name not in self._seen:
-            pairs = [(r["sentence"], label) for r in task.test for label in task.labels]
-            self._seen[task.name] = self.rows(pairs), len(task.labels)
-        rows, n = self._seen[task.name]
+        rows, n = self._rows_of(task), len(task.labels)
         model, term = self.model.eval(), LossTerm()
         order, scores = rows.lengths.argsort(), torch.zeros(len(rows))
         for chunk in order.split(8 * self.train.batch):
@@ -77,7 +80,17 @@ class Learner:
         right = torch.tensor([task.labels.index(r["label"]) for r in task.test])
         return 100 * float((scores.view(-1, n).argmax(1) == right).float().mean())
 
-    def tidy(self) -> None:
-        """Remove the weights that were kept for resuming."""
-        for folder in self.folder.glob("after-*"):
-            shutil.rmtree(folder)
+    def _rows_of(self, task: Any) -> Rows:
+        if id(task) not in self._seen:
+            self._seen[id(task)] = task, self.rows([(r["sentence"], label) for r in task.test for label in task.labels])
+        return self._seen[id(task)][1]
+
+    def cut(self, task: Any) -> int:
+        """Test sentences that lost their end, with any label."""
+        flags, n = self._rows_of(task).facts["cut"], len(task.labels)
+        return sum(any(flags[k : k + n]) for k in range(0, len(flags), n))
+
+    def tidy(self, done: int) -> None:
+        """Remove what resuming needs no more, now that task `done` is written down."""
+        for folder in [self._run(done), *(self._kept(i) for i in range(done))]:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ The paper's editing code was not released (GPT-J, GPT2-XL; tables not readable):
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from modelwright.core.anatomy import Anatomy
 from modelwright.core.checkpoint import Checkpoint
-from modelwright.core.errors import UserError
+from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.freeze import memory, units
 from modelwright.core.knobs import knob
 from modelwright.core.writer import Built
@@ -37,15 +38,19 @@ class Knobs:
     norm: float = knob(0.0, "largest change of any weight; 0: no limit", low=0)
 
 
+_KEYS = ("prompt", "new", "true", "paraphrases", "neighbours")
+
+
 def edit(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
     """The model with the fact edited in; facts hold the scores before and after."""
-    model, tokenizer, fact = source.model(torch.float32), source.tokenizer(), read_fact(Path(knobs.fact))
+    model, tokenizer, fact = source.model(), source.tokenizer(), read_fact(Path(knobs.fact))
     if tokenizer is None:
         raise UserError("the checkpoint has no tokenizer", "facts are text", "add tokenizer files")
-    before = scores(model, tokenizer, fact)
-    learnt = learn(model, tokenizer, fact, knobs)
+    stored, before = model.dtype, scores(model, tokenizer, fact)
+    learnt = learn(model.float(), tokenizer, fact, knobs)
+    model.to(stored)  # rounding may undo a part: it is the rounded model that is scored
     facts = {"before": before, "after": scores(model, tokenizer, fact), **learnt, "layer": _layer(model, knobs)}
-    return Built(model.to(source.model().dtype), None, source, facts), "changed function"
+    return Built(model, None, source, facts), "changed function"
 
 
 def read_fact(file: Path) -> dict[str, Any]:
@@ -57,6 +62,11 @@ def read_fact(file: Path) -> dict[str, Any]:
     for key in ("prompt", "new", "true"):
         if not isinstance(fact, dict) or not isinstance(fact.get(key), str) or not fact[key]:
             raise UserError(f"{file} has no '{key}'", "prompt, new and true are texts", "add it")
+    for key, value in fact.items():
+        if key not in _KEYS:
+            raise UserError(f"{file} has an unknown '{key}'", how=did_you_mean(key, _KEYS))
+        if key in _KEYS[3:] and not (isinstance(value, list) and all(isinstance(v, str) and v for v in value)):
+            raise UserError(f"{file} has wrong {key}", "they are a list of prompts", "write a list of texts")
     return {"paraphrases": [], "neighbours": []} | fact
 
 
@@ -70,15 +80,14 @@ def _layer(model: Any, knobs: Knobs) -> int:
 def log_likelihood(model: Any, tokenizer: Any, prompts: list[str], answer: str) -> Tensor:
     """Summed log-probability of `answer` after each prompt, (N,); differentiable."""
     heads = tokenizer([p.rstrip() for p in prompts])["input_ids"]
-    tail = tokenizer(" " + answer.strip(), add_special_tokens=False)["input_ids"]
-    longest = max(map(len, heads)) + len(tail)
-    ids = torch.zeros(len(heads), longest, dtype=torch.long)
-    mask, learnt = torch.zeros_like(ids), torch.zeros(len(heads), longest, dtype=torch.bool)
-    for i, head in enumerate(heads):
-        n = len(head) + len(tail)
-        ids[i, :n], mask[i, :n], learnt[i, len(head) : n] = torch.tensor([*head, *tail]), 1, True
+    wholes = tokenizer([f"{p.rstrip()} {answer.strip()}" for p in prompts])["input_ids"]
+    ids = torch.zeros(len(wholes), max(map(len, wholes)), dtype=torch.long)
+    mask, learnt = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    for i, (head, whole) in enumerate(zip(heads, wholes, strict=True)):
+        n, begins = len(whole), len(os.path.commonprefix([head, whole]))
+        ids[i, :n], mask[i, :n], learnt[i, begins:n] = torch.tensor(whole), 1, True
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits[:, :-1].float()
-    each = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(model.device), reduction="none").view(len(heads), -1)
+    each = -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten().to(model.device), reduction="none").view(len(wholes), -1)
     return (each * learnt[:, 1:].to(model.device)).sum(1)
 
 

@@ -34,10 +34,12 @@ def half_reset(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, 
         raise UserError(
             f"{knobs.pretrained} has other weights than the model", "names or shapes differ", "give the model it was tuned from"
         )
-    pieces = [(p.name, "") for p in anatomy] if knobs.what == "all" else halves(anatomy, seed, knobs.granularity, knobs.balance)
+    pieces = {"all": [(p.name, "") for p in anatomy], "none": []}.get(knobs.what)
+    if pieces is None:
+        pieces = halves(anatomy, seed, knobs.granularity, knobs.balance)
     changed = 0
     with torch.no_grad():
-        for name, piece in pieces if knobs.what != "none" else []:
+        for name, piece in pieces:
             part, new, was = anatomy.parts[name], model.get_parameter(name), old[name]
             if not piece:
                 new.copy_(was)

@@ -13,6 +13,7 @@ ours does neither. Rows are packed without padding by its multipack sampler (cor
 read as a special token. Ours: the result's chat template has the condition as a variable, the expert's by default.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -61,7 +62,11 @@ class CRlft(Technique):
             raise UserError("weights has no class that is learnt", "every weight is 0", "give the expert class weight 1")
         if missing := knobs.weights.keys() - knobs.conditions.keys():
             raise UserError(f"conditions has no {sorted(missing)[0]}", "weights names that class", "give each class its words, or ''")
+        if not knobs.end.strip():
+            raise UserError("end is empty", "a turn would have no end", "give a token such as <|end_of_turn|>")
         self.expert = max(knobs.weights, key=lambda c: knobs.weights[c])
+        self.words = {c: words.strip() for c, words in knobs.conditions.items()}
+        self._new = False  # the end token is new to the tokenizer
 
     # ---- data policy -------------------------------------------------------------------------------------------------
     def rows(self, data: Data, tokenizer: Any, vocab: int, train: Train, seed: int) -> Rows | None:
@@ -81,27 +86,24 @@ class CRlft(Technique):
         return replace(made, facts=made.facts | facts)
 
     def _teach(self, tokenizer: Any) -> None:
-        if tokenizer.convert_tokens_to_ids(self.knobs.end) in (None, tokenizer.unk_token_id):
+        self._new |= tokenizer.convert_tokens_to_ids(self.knobs.end) in (None, tokenizer.unk_token_id)
+        if self.knobs.end not in tokenizer.all_special_tokens:  # only a special token is safe from the text of messages
             tokenizer.add_special_tokens({"additional_special_tokens": [self.knobs.end]}, replace_extra_special_tokens=False)
         self._end = tokenizer.convert_tokens_to_ids(self.knobs.end)
         first = tokenizer("", add_special_tokens=True)["input_ids"][:1]
         self._start = first if first == [tokenizer.bos_token_id] else []
         tokenizer.chat_template = _TEMPLATE % (
             "{{ bos_token }}" if self._start else "",
-            self.knobs.conditions[self.expert],
-            self.knobs.end,
-            self.knobs.end,
+            *(json.dumps(words, ensure_ascii=False) for words in (self.words[self.expert], self.knobs.end, self.knobs.end)),
         )
         self.tokenizer = tokenizer
 
     def _render(self, chats: list, classes: list, tokenizer: Any, context: int) -> tuple[Texts, dict[str, Any]]:
         turns: list[tuple[int, str, int, float]] = []  # chat, text, where what is learnt begins, weight
-        for i, (chat, name) in enumerate(zip(chats, classes, strict=True)):
+        for i, (chat, name) in enumerate(zip(chats, map(str, classes), strict=True)):
             if name not in self.knobs.weights:
-                raise UserError(
-                    f"row {i + 1} has source '{name}'", "weights has no such class", did_you_mean(str(name), self.knobs.weights)
-                )
-            turns += [(i, *turn) for turn in self._turns(chat, str(name), i)]
+                raise UserError(f"row {i + 1} has source '{name}'", "weights has no such class", did_you_mean(name, self.knobs.weights))
+            turns += [(i, *turn) for turn in self._turns(chat, name, i)]
         if not turns:
             raise UserError("the data holds no message", "every chat is empty", "check the column")
         found = tokenizer([t[1] for t in turns], add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
@@ -114,13 +116,15 @@ class CRlft(Technique):
         return self._trim(texts, context)
 
     def _turns(self, chat: Any, name: str, i: int) -> list[tuple[str, int, float]]:
-        if not isinstance(chat, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in chat):
-            raise UserError(f"row {i + 1} holds no chat", "a list of messages with role and content is needed", "check data.column")
-        condition, found = self.knobs.conditions[name], []
+        if not isinstance(chat, list) or not all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in chat
+        ):
+            raise UserError(f"row {i + 1} holds no chat", "a list of messages with role and content as text is needed", "check data.column")
+        condition, found = self.words[name], []
         for m in chat:
             prefix = "" if m["role"] == "system" else f"{condition} {m['role'].title()}:".lstrip()
             weight = self.knobs.weights[name] if m["role"] == "assistant" else 0.0
-            found.append((f"{prefix} {m['content']}".lstrip() if prefix else m["content"], len(prefix), weight))
+            found.append((f"{prefix} {m['content']}" if prefix else m["content"], len(prefix), weight))
         return found
 
     def _trim(self, texts: Texts, context: int) -> tuple[Texts, dict[str, Any]]:
@@ -139,6 +143,9 @@ class CRlft(Technique):
                 continue
             kept.ids.append(ids[:n])
             kept.weights.append(weights[:n])
+        if not len(kept):
+            why = ", ".join(f"{n} {what}" for what, n in facts.items() if n)
+            raise UserError("no chat has anything to learn", why, "check roles and weights, or raise train.context")
         return kept, facts
 
     def settings(self, rows: Rows, train: Train) -> Train:
@@ -148,15 +155,15 @@ class CRlft(Technique):
 
     # ---- attachment: the new token ------------------------------------------------------------------------------------
     def attach(self, model: Any, anatomy: Anatomy) -> Any:
-        if self.tokenizer is None or self._end < model.get_input_embeddings().weight.shape[0]:
+        if not self._new:
             return model
-        old = model.get_input_embeddings().weight.shape[0]
-        model.resize_token_embeddings(self._end + 1, mean_resizing=False)
-        with torch.no_grad():
+        if self._end >= model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(self._end + 1, mean_resizing=False)
+        with torch.no_grad():  # a table may have spare rows: the mean is that of the tokens before the new one
             for layer in {model.get_input_embeddings(), model.get_output_embeddings()} - {None}:
-                layer.weight[old:] = layer.weight[:old].mean(0)
+                layer.weight[self._end] = layer.weight[: self._end].mean(0)
                 if getattr(layer, "bias", None) is not None:
-                    layer.bias[old:] = layer.bias[:old].mean()
+                    layer.bias[self._end] = layer.bias[: self._end].mean()
         return model
 
     def facts(self) -> dict[str, Any]:
@@ -164,8 +171,8 @@ class CRlft(Technique):
 
 
 _TEMPLATE = (
-    "%s{%% set c = condition if condition is defined else '%s' %%}{%% for m in messages %%}"
-    "{%% if m['role'] == 'system' %%}{{ m['content'] + '%s' }}"
-    "{%% else %%}{{ (c + ' ' if c else '') + m['role'].title() + ': ' + m['content'] + '%s' }}{%% endif %%}{%% endfor %%}"
+    "%s{%% set c = condition if condition is defined else %s %%}{%% for m in messages %%}"
+    "{%% if m['role'] == 'system' %%}{{ m['content'] + %s }}"
+    "{%% else %%}{{ (c + ' ' if c else '') + m['role'].title() + ': ' + m['content'] + %s }}{%% endif %%}{%% endfor %%}"
     "{%% if add_generation_prompt %%}{{ (c + ' ' if c else '') + 'Assistant:' }}{%% endif %%}"
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelwright.core.anatomy import Anatomy
+from modelwright.core.errors import UserError
 from modelwright.core.freeze import Freezing, memory
 from modelwright.core.knobs import Tune, knob
 from modelwright.core.technique import Technique
@@ -30,7 +31,13 @@ class Knobs(Tune):
     dropout: float = knob(0.1, "dropout on the adapters' input", low=0, high=1)
 
 
-_ROLES = {"keys": ["ffn.gate", "ffn.up"], "gate": ["ffn.gate"], "up": ["ffn.up"], "values": ["ffn.down"], "none": []}
+_ROLES = {
+    "keys": ["ffn.gate", "ffn.up", "ffn.gate_up", "expert.gate_up"],
+    "gate": ["ffn.gate"],
+    "up": ["ffn.up"],
+    "values": ["ffn.down", "expert.down"],
+    "none": [],
+}
 
 
 class KeyValue(Freezing):
@@ -48,8 +55,13 @@ class KeyValue(Freezing):
         if not self.adapters:
             return model
         k = self.knobs
-        gated = any(p.role in ("ffn.gate", "ffn.gate_up") for p in anatomy)
-        roles = [r for r in _ROLES[k.part] if gated or r != "ffn.gate" or k.part == "gate"]
+        roles = [r for r in _ROLES[k.part] if any(p.role == r for p in anatomy)]
+        if not roles and k.part != "none":
+            raise UserError(
+                f"part={k.part}: {type(model).__name__} has no such matrix for itself",
+                "it has no gate, or gate and up are one matrix and an adapter would move both",
+                "use keys, or adapt: full",
+            )
         self._lora = lora.Lora(lora.Knobs(r=k.r, alpha=k.alpha, dropout=k.dropout, roles=["attn.q", "attn.v", *roles]))
         return self._lora.attach(model, anatomy)
 

@@ -79,9 +79,10 @@ class Migu(Technique):
         self._handles = [t.layer.register_forward_hook(self._watch(i)) for i, t in enumerate(self.targets)]
 
     def _targets(self, model: Any, anatomy: Anatomy, wanted: tuple[str, ...]) -> list[Target]:
-        parts = {
-            p.name.removesuffix(".weight"): p for p in anatomy if p.kind == "weight" and p.role.startswith(wanted) and len(p.shape) == 2
-        }
+        matrices = [p for p in anatomy if p.kind == "weight" and len(p.shape) == 2]
+        parts = {p.name.removesuffix(".weight"): p for p in matrices if p.role.startswith(wanted)}
+        if "head" in wanted:  # a tied head is the embedding under another name
+            parts |= {n.removesuffix(".weight"): p for p in matrices if p.role == "embed" for n in p.tied if "embed" not in n}
         found = []
         for path, layer in model.named_modules():
             part = parts.get(plain_name(path + ".weight").removesuffix(".weight"))
