@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from modelwright import __version__, registry
 from modelwright import recipe as recipes
 from modelwright.core.errors import UserError, did_you_mean
-from modelwright.core.knobs import default_of, flat, type_name
+from modelwright.core.knobs import Tune, default_of, flat, type_name
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on standard output.")]
 Sets = Annotated[
@@ -251,7 +251,8 @@ def show(name: Annotated[str, typer.Argument(help="A method, such as reshape.upc
         return
     e = registry.entry(name)
     knobs = registry.knobs(e)
-    rows = [(n, None if default_of(f) is MISSING else default_of(f), type_name(f.type), f.metadata.get("help", "")) for n, f in flat(knobs)]
+    own = sorted(flat(knobs), key=lambda row: row[0].split(".")[0] in Tune.__dataclass_fields__)  # the method's before the shared ones
+    rows = [(n, None if default_of(f) is MISSING else default_of(f), type_name(f.type), f.metadata.get("help", "")) for n, f in own]
     if as_json:
         _print_json(
             {

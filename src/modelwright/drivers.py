@@ -15,7 +15,7 @@ from modelwright.core import dist, text
 from modelwright.core.certificate import certify, logits_of, probe_ids
 from modelwright.core.checkpoint import Checkpoint, config_of, disk_shapes
 from modelwright.core.errors import UserError
-from modelwright.core.knobs import Data
+from modelwright.core.knobs import Data, Train
 from modelwright.core.technique import Technique
 from modelwright.core.training import fit
 from modelwright.core.writer import Blueprint, Built, staging, write_model, write_tensors
@@ -93,10 +93,7 @@ def train(
     text.check_vocabulary(tokenizer, vocab, source.folder)
 
     def rows_of(data: Data) -> text.Rows:
-        for t in techniques:
-            if (rows := t.rows(data, tokenizer, vocab, knobs.train, seed)) is not None:
-                return rows
-        return text.tokenize(text.read(data), tokenizer, vocab, knobs.train.context)
+        return make_rows(techniques, data, tokenizer, vocab, knobs.train, seed)
 
     rows, evals = rows_of(knobs.data), {n: rows_of(d) for n, d in knobs.evals.items()}
     if not evals and len(rows) > 1 and knobs.holdout:
@@ -127,6 +124,14 @@ def train(
         write_model(Built(model, changed, source), part, shard_size)
         entry["facts"]["reload_max_abs_dlogit"] = _same_when_reloaded(model, Checkpoint(part, incomplete=True))
     return entry
+
+
+def make_rows(techniques: list[Technique], data: Data, tokenizer: Any, vocab: int, train: Train, seed: int) -> text.Rows:
+    """The rows of a source as the techniques want them, or as plain texts and chats."""
+    for t in techniques:
+        if (rows := t.rows(data, tokenizer, vocab, train, seed)) is not None:
+            return rows
+    return text.tokenize(text.read(data), tokenizer, vocab, train.context)
 
 
 def _same_when_reloaded(model: Any, saved: Checkpoint) -> float:

@@ -1,5 +1,6 @@
 """`check --deep`: what a recipe would meet and make, from configs and a first look at the data; no weights are loaded."""
 
+from dataclasses import replace
 from typing import Any
 
 from modelwright import registry
@@ -9,7 +10,7 @@ from modelwright.core.certificate import Size
 from modelwright.core.checkpoint import Checkpoint, config_of, skeleton
 from modelwright.core.knobs import Data
 from modelwright.core.writer import Blueprint
-from modelwright.drivers import calm
+from modelwright.drivers import calm, make_rows, techniques_of
 from modelwright.recipe import Recipe
 
 
@@ -29,9 +30,9 @@ def preview(recipe: Recipe) -> list[dict[str, Any]]:
             fact["documents"] = len(documents)
             fact["first row"] = _excerpt(documents[0])
             if source and hasattr(step.knobs, "train"):
-                rows = text.tokenize(
-                    documents[:50], source.tokenizer(), int(source.hf_config.get_text_config().vocab_size), step.knobs.train.context
-                )
+                vocab = int(source.hf_config.get_text_config().vocab_size)
+                made = techniques_of(step), replace(data, limit=min(50, data.limit or 50))
+                rows = make_rows(*made, source.tokenizer(), vocab, step.knobs.train, recipe.seed)
                 fact["first tokens"] = rows.ids[0, :12].tolist()
         if step.entry.family == "reshape" and "checkpoint" in step.entry.takes and known:
             made, promise = registry.load(step.entry)(known, step.knobs, recipe.seed)

@@ -68,8 +68,8 @@ class Report:
                     "rows": [[n, f"{v[0]:.4f}", f"{v[-1]:.4f}"] for n, v in ends.items()],
                 }
             )
-        for line in entry.get("liveness", []):
-            facts["first step"] = line
+        for i, line in enumerate(entry.get("liveness", [])):
+            facts["first step" + f", {i + 1}" * (len(entry["liveness"]) > 1)] = line
         if "seconds" in entry:
             facts["seconds"] = entry["seconds"]
         if facts:
