@@ -82,4 +82,22 @@ ROWS: dict[str, Row] = {
     "reward.bench": Row(
         {"suite": "rewardbench", "scores": _PAIRS, "ratio": 0.5, "draws": 100}, ("tests/reward/test_bench.py",), families=("",)
     ),
+    "cache.generate": Row(
+        {"prompt": "def read(self, size=-1):\n" * 6, "keep": 0.3, "max_new_tokens": 4},
+        ("tests/cache/test_evict.py", "tests/cache/test_methods.py", "tests/cache/test_nacl.py", "tests/cache/test_generate.py"),
+        families=("seedling",),
+    ),
+    "cache.bench": Row(
+        {
+            "methods": ["nacl", "random"],
+            "keep": [0.5],
+            "context": 12,
+            "continuation": 8,
+            "tasks": ["recall"],
+            "rows": 2,
+        },
+        ("tests/cache/test_suite.py", "tests/cache/test_bench.py"),
+        families=(*DENSE, "gpt2", "phi3", "gemma2", "mixtral"),
+        data=True,
+    ),
 }

@@ -177,6 +177,20 @@ ENTRIES = [
         gives=(),
         may_take=("checkpoint",),
     ),
+    Entry(
+        "cache.generate",
+        "modelwright.cache.generate:generate",
+        "continue a long prompt with most of its keys and values evicted: NACL and seven known ways",
+        "arXiv 2408.03675",
+        gives=(),
+    ),
+    Entry(
+        "cache.bench",
+        "modelwright.cache.bench:bench",
+        "what a checkpoint loses under each way to evict, on your text and on made tasks",
+        "arXiv 2408.03675",
+        gives=(),
+    ),
 ]
 FAMILIES = {
     "curate": "data: extraction, rules, quality",

@@ -213,7 +213,7 @@ def _measure(r: Run, step: Step, folder: Path) -> dict[str, Any]:
     return {f.name: getattr(found, f.name) for f in fields(found)}
 
 
-_LIGHT = {"curate": _curate, "reward": _measure, "judge": _measure, "inspect": _measure}
+_LIGHT = {"curate": _curate, "reward": _measure, "cache": _measure, "judge": _measure, "inspect": _measure}
 
 
 def _inputs(step: Step, r: Run) -> dict[str, str]:

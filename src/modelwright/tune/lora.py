@@ -33,6 +33,7 @@ class Lora(Technique):
 
     name = "lora"
     supports = Technique.supports - {"lora"}
+    adapters = True
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
