@@ -16,7 +16,7 @@ from modelwright.core.certificate import certify, logits_of, probe_ids
 from modelwright.core.checkpoint import Checkpoint, config_of, disk_shapes
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
-from modelwright.core.technique import Technique
+from modelwright.core.technique import Technique, combine, surroundings
 from modelwright.core.training import fit
 from modelwright.core.writer import Blueprint, Built, staging, write_model, write_tensors
 from modelwright.recipe import Step
@@ -91,6 +91,7 @@ def train(
     knobs, techniques = step.knobs, techniques_of(step, rounds)
     tokenizer, vocab = source.tokenizer(), int(source.hf_config.get_text_config().vocab_size)
     text.check_vocabulary(tokenizer, vocab, source.folder)
+    combine(techniques, surroundings(source.skeleton, knobs.train))
 
     def rows_of(data: Data) -> text.Rows:
         return make_rows(techniques, data, tokenizer, vocab, knobs.train, seed)

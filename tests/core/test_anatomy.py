@@ -490,3 +490,12 @@ def test_hooks_are_undone_when_capture_itself_fails(llama: Any) -> None:
     with pytest.raises(AttributeError), capture([llama.lm_head, None], lambda m, t: None):  # type: ignore[list-item]
         pass
     assert hooks(llama) == 0
+
+
+def test_gpt_j_is_understood() -> None:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    model = GPTJForCausalLM(GPTJConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4))
+    anatomy = Anatomy(model)
+    assert [anatomy.ffn(1).up.name, anatomy.ffn(1).down.name] == [f"transformer.h.1.mlp.fc_{end}.weight" for end in ("in", "out")]
+    assert anatomy.attention(0).keys() == set("qkvo") and anatomy.total() == sum(p.numel() for p in model.parameters())

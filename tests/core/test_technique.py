@@ -116,7 +116,6 @@ def test_deepspeed_is_refused_to_what_edits_gradients_and_open_to_pure_selectors
             combine([technique], around)
 
 
-@pytest.mark.xfail(strict=True, reason="stage 0, which shards nothing, is refused to every technique because none names it")
 def test_deepspeed_stage_0_is_not_refused_to_plain_training(monkeypatch: pytest.MonkeyPatch) -> None:
     combine([make("full")], deepspeed("0", monkeypatch))
 

@@ -72,7 +72,12 @@ class Freezing(Technique):
     def liveness(self, moved: dict[str, Tensor]) -> str:
         still = {n: m if f is None else m[f.to(m.device)] for n, f in self.frozen.items() if (m := moved.get(n)) is not None}
         wrong = [n for n, m in still.items() if bool(m.any())]
-        free = [n for n, m in moved.items() if n not in self.frozen and bool(m.any())]
+        loose = {
+            n: m if f is None else m & ~f.to(m.device)
+            for n, m in moved.items()
+            if (f := self.frozen.get(n)) is not None or n not in self.frozen
+        }
+        free = [n for n, m in loose.items() if bool(m.any())]
         if wrong or not free:
             raise RuntimeError(f"{self.name}: {len(wrong)} frozen tensors moved ({', '.join(wrong[:3])}), {len(free)} others moved")
         whole = sum(f is None for f in self.frozen.values())
@@ -114,7 +119,7 @@ def pieces_of(block: Block, group: str) -> dict[str, list[Piece]]:
     found: dict[str, list[Piece]] = {}
     for part in block.parts.values():
         family, _, what = part.role.partition(".")
-        if family != group:
+        if family != group or what == "router":
             continue
         for name in part.rows or [what]:
             found.setdefault(name, []).append((part.name, name if part.rows else ""))

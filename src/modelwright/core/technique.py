@@ -24,6 +24,7 @@ from modelwright.core.text import IGNORE, Rows
 Named = Iterable[tuple[str, nn.Parameter]]
 _WRAPPERS = re.compile(r"(^|\.)(module|base_model\.model|_orig_mod|_checkpoint_wrapped_module)(?=\.)")
 _WHY = {
+    "zero0": "DeepSpeed runs the optimizer inside the backward pass, before a gradient can be edited",
     "zero1": "DeepSpeed runs the optimizer inside the backward pass, before a gradient can be edited",
     "zero2": "DeepSpeed takes the gradients away as they are made and runs the optimizer inside the backward pass",
     "zero3": "DeepSpeed cuts parameters and gradients into flat pieces without names or shapes",
@@ -77,7 +78,7 @@ class Technique:
     """A training-time method. Override what it changes; everything else stays plain training."""
 
     name = "full"
-    supports = frozenset({"ddp", "fsdp2", "zero1", "zero2", "zero3", "fused", "gradient_checkpointing", "lora"})
+    supports = frozenset({"ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "fused", "gradient_checkpointing", "lora"})
     adapters = False  # attaches low-rank adapters and freezes the base
     tokenizer: Any = None  # set by `rows` where the method changes it; saved with the result
     round = 0  # tuning steps that the model has been through before this one

@@ -1,0 +1,86 @@
+"""Ways to tune that change routing while training: evaluation, the saved model and the hooks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import model_of
+from modelwright.core.anatomy import Anatomy
+from modelwright.core.errors import UserError
+from modelwright.core.knobs import Train
+from modelwright.core.text import IGNORE, Rows
+from modelwright.core.training import fit
+from modelwright.moe.execute import use
+from modelwright.moe.watch import routers
+from modelwright.tune import gw_moe, rectify
+
+_TRAIN = Train(tokens=160, batch=2, lr=1e-2, warmup=0.0, save_every=100)
+
+
+def _rows(padded: bool = True) -> Rows:
+    ids, lengths = (
+        torch.randint(3, 96, (8, 12), generator=torch.Generator().manual_seed(0)),
+        torch.tensor([12, 12, 9, 12, 7, 12, 12, 12] if padded else [12] * 8),
+    )
+    return Rows(ids.int(), torch.where(torch.arange(12) < lengths[:, None], ids, IGNORE).int(), lengths)
+
+
+def _fit(technique, folder: Path, train: Train = _TRAIN, padded: bool = True):
+    model = use(model_of("mixtral").train())
+    outcome = fit(model, _rows(padded), train, techniques=[technique], evals={"e": _rows()}, folder=folder, seed=0)
+    technique.export(model, folder)
+    return outcome
+
+
+def test_gw_moe_above_ln_e_trains_bit_for_bit_as_plain_and_reports_no_token(tmp_path) -> None:
+    from modelwright.tune.full import Full, Knobs
+
+    plain = _fit(Full(Knobs()), tmp_path / "a", padded=False).model.state_dict()
+    same = _fit(t := gw_moe.GwMoe(gw_moe.Knobs(threshold=9.0)), tmp_path / "b", padded=False).model.state_dict()
+    assert all(torch.equal(a, same[n]) for n, a in plain.items()) and t.facts()["share of uncertain tokens"] == 0
+    other = _fit(gw_moe.GwMoe(gw_moe.Knobs(threshold=0.0)), tmp_path / "c")
+    assert "100.0% of the tokens were uncertain" in other.liveness[0]
+
+
+def test_gw_moe_leaves_evaluation_alone(tmp_path) -> None:
+    from modelwright.tune.full import Full, Knobs
+
+    plain, other = (_fit(t, tmp_path / t.name) for t in (Full(Knobs()), gw_moe.GwMoe(gw_moe.Knobs(threshold=0.0))))
+    assert plain.evals[0]["loss"] == other.evals[0]["loss"] and plain.evals[-1]["loss"] != other.evals[-1]["loss"]
+
+
+@pytest.mark.parametrize("unit", ["share", "normalised"])
+def test_share_of_uncertain_tokens_counts_a_recomputed_pass_once(unit: str, tmp_path) -> None:
+    found = []
+    for recompute in (False, True):
+        t = gw_moe.GwMoe(gw_moe.Knobs(threshold=0.4, unit=unit))
+        train = Train(tokens=160, batch=2, lr=1e-2, warmup=0.0, gradient_checkpointing=recompute)
+        outcome = _fit(t, tmp_path / f"{unit}{recompute}", train=train)
+        found.append((t.tokens, t.facts()["share of uncertain tokens"], outcome.model.state_dict()))
+    assert found[0][:2] == found[1][:2]
+    assert all(torch.allclose(a, found[1][2][n], atol=1e-6) for n, a in found[0][2].items())
+
+
+def test_rectify_without_a_limit_is_plain_training_and_hooks_are_gone(tmp_path) -> None:
+    from modelwright.tune.full import Full, Knobs
+
+    plain = _fit(Full(Knobs()), tmp_path / "a")
+    free = _fit(t := rectify.Rectify(rectify.Knobs(factor=1e9, fill_in=False)), tmp_path / "b")
+    # equal but for the sum of the weights, which carries no gradient here; the forward pass is the same
+    assert free.evals[0]["loss"] == pytest.approx(plain.evals[0]["loss"], rel=1e-6)
+    assert t.facts() == {"dropped": 0.0, "filled in": 0.0, "rectified tokens": 0.0}
+    assert not free.model._forward_pre_hooks and all(len(r._forward_hooks) <= 1 for _, r in routers(free.model))
+
+
+def test_rectify_is_under_the_capacity_in_evaluation_too_and_says_what_it_dropped(tmp_path) -> None:
+    free, tight = (_fit(rectify.Rectify(rectify.Knobs(factor=f, fill_in=False, intra=False)), tmp_path / str(f)) for f in (1e9, 0.3))
+    assert free.evals[0]["loss"] != tight.evals[0]["loss"] and "% dropped" in tight.liveness[0]
+    both = _fit(rectify.Rectify(rectify.Knobs(factor=0.5)), tmp_path / "both")
+    assert all(both.facts["rectify"][n] > 0 for n in ("dropped", "rectified tokens"))
+
+
+def test_a_dense_model_is_refused() -> None:
+    model = model_of("llama")
+    with pytest.raises(UserError, match="no experts"):
+        gw_moe.GwMoe(gw_moe.Knobs()).select(model, Anatomy(model), 0)
