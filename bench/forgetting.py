@@ -39,7 +39,7 @@ def main() -> None:
     args.add_argument("--tokens", type=int, default=100_000)
     args.add_argument("--seeds", type=int, default=3)
     args.add_argument("--lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3])
-    args.add_argument("--between", type=float, nargs="+", default=[3e-5, 1.7e-4, 6e-4, 1.7e-3], help="further rates of full tuning")
+    args.add_argument("--between", type=float, nargs="+", default=[1e-5, 3e-5, 1.7e-4, 6e-4, 1.7e-3], help="further rates of full tuning")
     a = args.parse_args()
     torch.set_num_threads(1)
     drivers.calm()
@@ -84,7 +84,7 @@ def main() -> None:
         seeds=list(range(a.seeds)),
         notes=[
             f"nats per token; before training new {start[0]:.3f}, old {start[1]:.3f}; {a.tokens:,} tokens, AdamW without weight decay",
-            "full tuning's frontier runs through the end points of its own sweep of eight rates, seed by seed; it is convex, so that the "
+            "full tuning's frontier runs through the end points of its own sweep of nine rates, seed by seed; it is convex, so that the "
             "straight lines between them flatter the other methods a little",
             "± is the standard deviation over seeds; a method beats a lower learning rate where the gap is negative by more than it",
         ],
@@ -121,7 +121,7 @@ def outcome(verdicts: dict, lrs: list[float]) -> str:
         wins = [lr for lr, g in zip(lrs, gaps, strict=True) if statistics.mean(g) < -statistics.stdev(g)]
         losses = [lr for lr, g in zip(lrs, gaps, strict=True) if statistics.mean(g) > statistics.stdev(g)]
         words = f"{arm} ({len(wins)} of {len(lrs)} rates below the frontier, {len(losses)} above)"
-        (better if len(wins) > len(losses) else worse if losses else same).append(words)
+        (better if len(wins) > len(losses) else worse if len(losses) > len(wins) else same).append(words)
     parts = [
         f"{what}: {'; '.join(found)}"
         for what, found in (("Forget less than a lower learning rate", better), ("More", worse), ("The same", same))
