@@ -102,7 +102,7 @@ def main() -> None:
         rows=[[arm, f"{mean[arm]:.1f} ± {statistics.stdev(v):.1f}", ", ".join(f"{x:.1f}" for x in v)] for arm, v in found.items()],
         seeds=list(range(a.seeds)),
         notes=[
-            f"{a.expert} expert and {10 * a.expert} sub-optimal chats, {a.epochs:g} passes, equal updates for the single sources; 200 new words"
+            f"{a.expert} expert and {10 * a.expert} other chats, {a.epochs:g} passes, as many updates for single sources; 200 new words"
         ],
     )
 

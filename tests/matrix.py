@@ -39,6 +39,18 @@ ROWS: dict[str, Row] = {
             "qwen3": "Qwen3MoeForCausalLM",
         },
     ),
+    "reshape.rmoe": Row(
+        {"experts": 4, "p": 8},
+        ("tests/models/test_rmoe.py",),
+        families=("llama", "mistral", "mixtral"),
+        loads_in=dict.fromkeys(("llama", "mistral", "mixtral"), "RMoEForCausalLM"),
+    ),
+    "reshape.hyper_moe": Row(
+        {"a": 4, "b": 8, "e": 6, "hidden": 6, "q": 6, "init": "zero"},
+        ("tests/models/test_hyper_moe.py",),
+        families=("mixtral",),
+        loads_in={"mixtral": "HyperMoEForCausalLM"},
+    ),
     "tune.full": Row(
         {"train": _TRAIN},
         ("tests/core/test_training.py", "tests/tune/test_tune.py"),
@@ -51,9 +63,7 @@ ROWS: dict[str, Row] = {
     "tune.migu": Row(
         {"train": _TRAIN, "guard": "update"}, ("tests/tune/test_migu.py",), families=(*DENSE, "gpt2", "gpt_neox", "phi3", "opt"), data=True
     ),
-    "tune.key_value": Row(
-        {"train": _TRAIN}, ("tests/tune/test_key_value.py",), families=(*DENSE, "gpt2", "phi3", "mixtral"), data=True
-    ),
+    "tune.key_value": Row({"train": _TRAIN}, ("tests/tune/test_key_value.py",), families=(*DENSE, "gpt2", "phi3", "mixtral"), data=True),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/test_packing.py"),
@@ -61,6 +71,30 @@ ROWS: dict[str, Row] = {
         data="chats",
     ),
     "tune.mix": Row({"train": _TRAIN, "methods": ["hft", {"migu": {"guard": "update"}}]}, ("tests/tune/test_mix.py",), data=True),
+    "tune.balance": Row(
+        {"train": _TRAIN},
+        ("tests/tune/test_balanced.py", "tests/moe/test_balance.py"),
+        families=("mixtral", "qwen2_moe", "granitemoe"),
+        data=True,
+    ),
+    "tune.gw_moe": Row(
+        {"train": _TRAIN, "threshold": 0.5, "unit": "share"},
+        ("tests/tune/test_rerouted.py", "tests/moe/test_uncertain.py"),
+        families=("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe"),
+        data=True,
+    ),
+    "tune.rectify": Row(
+        {"train": _TRAIN, "factor": 0.5},
+        ("tests/tune/test_rerouted.py", "tests/moe/test_rectify.py"),
+        families=("mixtral", "qwen3_moe", "granitemoe"),
+        data=True,
+    ),
+    "tune.lora_moe": Row(
+        {"train": _TRAIN, "experts": 2, "r": 2},
+        ("tests/tune/test_lora_moe.py",),
+        data=True,
+        loads_in={k: f"LoraMoe{k.title()}ForCausalLM" for k in DENSE},
+    ),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),

@@ -22,7 +22,7 @@ MAY = {  # a part of the house -> the parts it may import
     "registry": {"core"},
     "recipe": {"core", "registry"},
     "runner": {"core", "registry", "recipe", "drivers"},
-    "drivers": {"core", "registry", "recipe", "runner", "launch"},
+    "drivers": {"core", "moe", "models", "registry", "recipe", "runner", "launch"},
     "launch": {"core", "registry", "recipe", "drivers"},
     "scaffold": {"core", "registry"},
     "preview": {"core", "registry", "recipe", "drivers"},

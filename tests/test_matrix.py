@@ -9,7 +9,6 @@ import modelwright
 from matrix import ROWS
 
 
-
 def _chats(folder: Path) -> dict[str, str]:
     rows = [
         {

@@ -8,17 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 
+import modelwright.models  # noqa: F401 - our classes become known to the Auto classes
 from modelwright import launch, registry
 from modelwright.core import dist, text
+from modelwright.core.anatomy import Anatomy
 from modelwright.core.certificate import certify, logits_of, probe_ids
 from modelwright.core.checkpoint import Checkpoint, config_of, disk_shapes
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
 from modelwright.core.technique import Technique, combine, surroundings
+from modelwright.core.trainer import forward
 from modelwright.core.training import fit
 from modelwright.core.writer import Blueprint, Built, staging, write_model, write_tensors
+from modelwright.moe.watch import domain_plot, watch
 from modelwright.recipe import Step
 from modelwright.runner import Run
 
@@ -119,6 +124,8 @@ def train(
     }
     if dist.rank() == 0:
         model = outcome.model
+        if any(p.role == "router" for p in Anatomy(source.skeleton)):
+            entry["plots"] = routing_plots(model, evals or {"data": rows}, knobs.train.batch)
         for t in techniques:
             model = t.export(model, folder)
         changed = next((t.tokenizer for t in techniques if t.tokenizer is not None), None)
@@ -133,6 +140,20 @@ def make_rows(techniques: list[Technique], data: Data, tokenizer: Any, vocab: in
         if (rows := t.rows(data, tokenizer, vocab, train, seed)) is not None:
             return rows
     return text.tokenize(text.read(data), tokenizer, vocab, train.context)
+
+
+def routing_plots(model: Any, texts: dict[str, text.Rows], batch: int) -> list[dict[str, Any]]:
+    """How the routers use their experts on the held-out texts, 64 rows of each at most; one process alone."""
+    counts: dict[str, Any] = {}
+    model.eval()
+    with watch(model) as seen, torch.no_grad():
+        for name, rows in texts.items():
+            before = seen.counts.clone()
+            for i in range(0, min(len(rows), 64), batch):
+                part = text.collate([rows[j] for j in range(i, min(len(rows), i + batch))])
+                forward(model, {k: v.to(model.device) for k, v in part.items()})
+            counts[name] = seen.counts - before
+    return [*seen.plots(), *([domain_plot(counts)] if len(counts) > 1 else [])]
 
 
 def _same_when_reloaded(model: Any, saved: Checkpoint) -> float:

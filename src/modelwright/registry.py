@@ -37,6 +37,7 @@ class Entry:
 
 
 STOCK = "transformers, vLLM"
+OURS = "transformers, after `import modelwright.models`"
 ENTRIES = [
     Entry(
         "curate.stdlib",
@@ -75,6 +76,20 @@ ENTRIES = [
         "teach one fact by moving the keys or the values of one layer's memories",
         "arXiv 2402.12233",
         loads_in=STOCK,
+    ),
+    Entry(
+        "reshape.rmoe",
+        "modelwright.reshape.rmoe:rmoe",
+        "experts whose routers are recurrent over depth, from a dense model or from Mixtral",
+        "arXiv 2408.06793",
+        loads_in=OURS,
+    ),
+    Entry(
+        "reshape.hyper_moe",
+        "modelwright.reshape.hyper_moe:hyper_moe",
+        "a Mixtral whose idle experts give each token an adapter, through a hypernetwork",
+        "arXiv 2402.12656",
+        loads_in=OURS,
     ),
     Entry("tune.full", "modelwright.tune.full:Full", "train every weight", "the baseline", takes=("checkpoint", "dataset"), loads_in=STOCK),
     Entry(
@@ -123,6 +138,38 @@ ENTRIES = [
         "modelwright.tune.c_rlft:CRlft",
         "mixed-quality chats: the source as a condition and a weight, padding-free packing",
         "arXiv 2309.11235",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK,
+    ),
+    Entry(
+        "tune.gw_moe",
+        "modelwright.tune.gw_moe:GwMoe",
+        "tokens with an undecided router are sent to all experts while training",
+        "arXiv 2406.12375",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK,
+    ),
+    Entry(
+        "tune.rectify",
+        "modelwright.tune.rectify:Rectify",
+        "train experts under a capacity, with dropped tokens and empty slots put to use",
+        "arXiv 2402.12399",
+        takes=("checkpoint", "dataset"),
+        loads_in=STOCK,
+    ),
+    Entry(
+        "tune.lora_moe",
+        "modelwright.tune.lora_moe:LoraMoe",
+        "LoRA experts with a soft router on a frozen dense model, in two groups for knowledge and for tasks",
+        "arXiv 2312.09979",
+        takes=("checkpoint", "dataset"),
+        loads_in=OURS,
+    ),
+    Entry(
+        "tune.balance",
+        "modelwright.tune.balance:Balance",
+        "keep the load of experts even: per-layer and global-batch losses, z-loss, or a bias without a loss",
+        "arXiv 2101.03961, 2501.11873, 2412.19437, 2202.08906, 2408.15664",
         takes=("checkpoint", "dataset"),
         loads_in=STOCK,
     ),
@@ -223,9 +270,11 @@ def mixed(mix: Any) -> list[tuple[Entry, Any]]:
     """The methods that tune.mix puts together, each with its knobs; data and training are shared."""
     shared = {f.name: getattr(mix, f.name) for f in dataclasses.fields(Tune)}
     found = []
+    if not mix.methods:
+        raise UserError("tune.mix has no methods", how="write tune: [hft, migu]")
     for item in mix.methods:
         name, own = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
-        if not isinstance(name, str) or name == "mix":
+        if not isinstance(name, str) or name in ("mix", "tune.mix"):
             raise UserError(
                 f"methods has {item!r}", "each is a way to tune, or one with its settings", "write methods: [hft, lora: {r: 4}]"
             )

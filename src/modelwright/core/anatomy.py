@@ -66,6 +66,13 @@ _RULES = [
         (r"(^|\.)(norm|ln_f|final_layer_norm)", "norm.final"),
     )
 ]
+
+
+def add_role(ending: str, role: str) -> None:
+    """Make the role map know parameters whose path ends so; asked before the rules above."""
+    _RULES.insert(0, (re.compile(ending + "$"), role))
+
+
 _LAYER = re.compile(r"^(.*?\.?(?:layers|h|block|layer)\.(\d+))\.")
 _MATMUL = ("attn", "cross", "ffn", "expert", "shared", "router", "head", "embed.in", "embed.out", "pooler")
 

@@ -45,6 +45,16 @@ def number(v: float) -> str:
     return f"{v:.3g}"
 
 
+def _labels(values: list[float]) -> list[str]:
+    """Short numbers that differ from each other."""
+    short = [number(v) for v in values]
+    for digits in range(4, 9):
+        if len(set(short)) == len(short):
+            break
+        short = [f"{v:.{digits}g}" for v in values]
+    return short
+
+
 def _text(kind: str, x: float, y: float, words: str, anchor: str = "middle") -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
 
@@ -84,7 +94,12 @@ def _line(p: dict[str, Any]) -> tuple[str, list[str]]:
     tx = ticks(min(a for a, _ in points), max(a for a, _ in points))
     high_x = max(a for a, _ in points)
     sx, sy = _scale(tx[0], high_x, LEFT, W - RIGHT), _scale(ty[0], ty[-1], H - BOTTOM, TOP)
-    body = _frame([(sx(t), number(t)) for t in tx if t <= high_x], [(sy(t), number(t)) for t in ty], p["x"], p["y"])
+    body = _frame(
+        [(sx(t), n) for t, n in zip(tx, _labels(tx), strict=True) if t <= high_x],
+        [(sy(t), n) for t, n in zip(ty, _labels(ty), strict=True)],
+        p["x"],
+        p["y"],
+    )
     for i, (name, series) in enumerate(p["series"].items()):
         good = [(sx(a), sy(b), a, b) for a, b in series if math.isfinite(b)]
         body += f'<polyline class="s{i % 6}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b, *_ in good)}"/>'
@@ -104,7 +119,7 @@ def _bars(p: dict[str, Any]) -> tuple[str, list[str]]:
     longest = max(map(len, map(str, p["groups"])))
     tilt = 7 * longest > slot and not all(str(g).isdigit() for g in p["groups"])
     every = 1 if tilt else max(1, math.ceil(len(p["groups"]) * 7 * longest / (W - LEFT - RIGHT)))
-    body = _frame([], [(sy(t), number(t)) for t in ty], "" if tilt else p.get("x", ""), p["y"])
+    body = _frame([], [(sy(t), n) for t, n in zip(ty, _labels(ty), strict=True)], "" if tilt else p.get("x", ""), p["y"])
     for i, g in enumerate(p["groups"]):
         body += _below(LEFT + slot * (i + 0.5), H - BOTTOM + 18, str(g), tilt) if i % every == 0 else ""
     for j, (name, series) in enumerate(p["series"].items()):

@@ -1,41 +1,27 @@
 """Who is sent where: expert load of any stock mixture-of-experts model."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.hooks import capture
 from modelwright.core.text import Rows, collate
+from modelwright.core.trainer import forward
+from modelwright.moe.watch import watch
 
 
 @torch.no_grad()
-def expert_load(model: torch.nn.Module, rows: Rows, batch: int = 8) -> Tensor:
-    """Share of the routed slots that each expert gets, (layers, E), padding excluded; each layer sums to 1.
-
-    Read from the router's rows and its input, so it works on every class whose router is a linear map with a top-k.
-    """
-    anatomy = Anatomy(model)
-    blocks = [b for b in anatomy.blocks if "router" in b.parts]
-    counts = torch.zeros(len(blocks), anatomy.experts)
-    weights = dict(model.named_parameters())
-    place = {b.feed_forward: (i, b.parts["router"].name) for i, b in enumerate(blocks)}
+def expert_load(model: Any, rows: Rows, batch: int = 8) -> Tensor:
+    """Share of the routed slots that each expert gets, (layers, E), padding excluded; each layer sums to 1."""
     training = model.training
     model.eval()
-    for start in range(0, len(rows), batch):
-        part = collate([rows[i] for i in range(start, min(start + batch, len(rows)))])
-        real = part.get("attention_mask", torch.ones_like(part["input_ids"])).bool()
-
-        def visit(module: torch.nn.Module, x: Tensor, real: Tensor = real) -> None:
-            layer, router = place[module]
-            chosen = (x[real.to(x.device)].float() @ weights[router].float().T).topk(anatomy.top_k).indices
-            counts[layer] += torch.bincount(chosen.flatten(), minlength=anatomy.experts).cpu()
-
-        with capture(place, visit, side="input"):
-            model(input_ids=part["input_ids"].to(model.device), attention_mask=part.get("attention_mask"), use_cache=False)
+    with watch(model) as seen:
+        for start in range(0, len(rows), batch):
+            part = collate([rows[i] for i in range(start, min(start + batch, len(rows)))])
+            forward(model, {k: v.to(model.device) for k, v in part.items()})
     model.train(training)
-    return counts / counts.sum(1, keepdim=True)
+    return seen.counts / seen.counts.sum(1, keepdim=True)
 
 
 def divergence(counts: Tensor) -> Tensor:

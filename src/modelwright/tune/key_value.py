@@ -71,10 +71,10 @@ class KeyValue(Freezing):
         chosen = set(memory(anatomy, self.knobs.part)) if self.knobs.part != "none" else set()
         if self.knobs.part == "none":
             chosen = {
-                (v.name, n if anatomy.parts[v.name].rows else "")
+                (v.name, n[0] if anatomy.parts[v.name].rows else "")
                 for b in anatomy.blocks
                 for n, v in anatomy.attention(b).items()
-                if n in "qv"
+                if n[0] in "qv"  # q, v and their biases
             }
         every = [(p.name, piece) for p in anatomy for piece in (p.rows or [""])]
         self.freeze(model, anatomy, [p for p in every if p not in chosen])

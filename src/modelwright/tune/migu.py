@@ -142,7 +142,7 @@ class Migu(Technique):
         self._sums = [torch.zeros_like(s) for s in self._sums]
         measure = self.knobs.leak_every and self.steps % self.knobs.leak_every == 0
         for p, mask, across in self._masked(named):
-            dist.local(p.grad).mul_(mask if across else mask[:, None])
+            dist.local(p.grad).index_fill_(int(across), (~mask).nonzero().flatten(), 0)
             if measure or self.knobs.guard == "update":
                 self._kept[id(p)] = dist.local(p.detach()).clone()
 

@@ -1,0 +1,167 @@
+"""What a way to evict is: scores for the tokens of a prompt, and a budget.
+
+A method is a frozen dataclass with `score(read) -> (B, G, T)`; the highest scores are kept, as many as the budget says.
+Tokens that must stay score infinity. `keep` is a share of the real tokens of each row, `tokens` a number; both may be given
+per layer (a list) or per layer and key-value head (a list of lists). Protected tokens count.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modelwright.core.errors import UserError
+
+_ON_CPU, _ELSEWHERE = 1 << 20, 1 << 27  # attention weights at a time: few, for the processor's cache, but in matrices of 32 queries or more
+
+
+@dataclass
+class Read:
+    """What one layer has when the prompt is read: H query heads, G key-value heads, T tokens."""
+
+    q: Tensor  # (B, H, w, d) the last queries, after rotation and norms
+    k: Tensor  # (B, G, T, d)
+    v: Tensor  # (B, G, T, d)
+    scale: float
+    layer: int  # among the layers that are evicted
+    layers: int
+    lengths: list[int] | None = None  # real tokens of each row; None: no padding
+    softcap: float | None = None
+    block: int | None = None  # queries at a time; None: by what a processor's cache holds
+    counts: np.ndarray = field(default_factory=lambda: np.zeros((1, 1), int))  # (B or 1, G or 1) tokens to keep
+
+    @property
+    def real(self) -> np.ndarray:
+        """Real tokens of each row, (B or 1, 1)."""
+        return np.array(self.lengths or [self.k.shape[2]])[:, None]
+
+    @cached_property
+    def place(self) -> Tensor:
+        """Position of each column in its row, negative where padded: (B or 1, 1, T)."""
+        return torch.arange(self.k.shape[2], device=self.k.device) - (self.k.shape[2] - self.tensor(self.real))
+
+    def tensor(self, values: np.ndarray) -> Tensor:
+        """Numbers per row and head, (B or 1, G or 1), as a tensor that broadcasts over (B, G, T)."""
+        return torch.as_tensor(values, device=self.k.device)[..., None]
+
+    def ends(self, first: np.ndarray | int, last: np.ndarray | int) -> Tensor:
+        """Which columns are among the first or the last so many of their row: (B or 1, G or 1, T)."""
+        first, last = np.atleast_2d(first), np.atleast_2d(last)
+        return (self.place >= 0) & ((self.place < self.tensor(first)) | (self.place >= self.tensor(self.real - last)))
+
+    def received(self, queries: np.ndarray | int, causal: bool = True) -> Tensor:
+        """Attention that each token gets from the last `queries` ones (a number, or one per row and head), summed over them and over
+        the heads of a group: (B, G, T)."""
+        (B, H, w, d), (G, T) = self.q.shape, self.k.shape[1:3]
+        wanted = np.minimum(np.atleast_2d(queries), np.minimum(self.real, w))  # a padded query sees nothing
+        out = torch.zeros(B, G, T, dtype=torch.float32, device=self.k.device)
+        least = torch.finfo(torch.float32).min
+        step = self.block or max(32, (_ON_CPU if out.device.type == "cpu" else _ELSEWHERE) // (B * H * T))
+        for at in range(T - int(wanted.max()), T, step):  # the position of the first query of a block of b
+            to = min(at + step, T)
+            seen = to if causal else T
+            q = (self.q[:, :, at - T + w : to - T + w] * self.scale).reshape(B, G, -1, d)  # (B, G, g b, d)
+            s = (q @ self.k[:, :, :seen].transpose(2, 3)).float()  # (B, G, g b, seen)
+            if self.softcap:
+                s = torch.tanh(s / self.softcap) * self.softcap
+            if causal:
+                ahead = torch.ones(to - at, to - at, dtype=torch.bool, device=s.device).triu(1)
+                s[..., at:].masked_fill_(ahead.repeat(H // G, 1), least)
+            if self.lengths:
+                s.masked_fill_(self.place[..., None, :seen] < 0, least)
+            counted = (torch.arange(at, to, device=s.device) >= T - self.tensor(wanted)).float().repeat(1, 1, H // G)
+            out[..., :seen] += (counted.expand(B, G, -1)[:, :, None] @ torch.softmax(s, -1, out=s))[:, :, 0]
+        return out
+
+    def noise(self, seed: int) -> Tensor:
+        """Uniform draws (B or 1, G, T) for this layer. They belong to a token's place in its row, so that neither the batch nor
+        its padding changes what is drawn, and beams of one prompt agree; no global generator is touched."""
+        T, G = self.k.shape[2], self.k.shape[1]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.layer)
+        u = torch.rand(T, G, generator=generator).to(self.k.device)  # (T, G): its beginning does not depend on T
+        return u[self.place[:, 0].clamp(min=0)].transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Method:
+    """The budget that all methods share."""
+
+    keep: Any = 0.5
+    tokens: Any = None
+    name: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        given = self._array("keep", self.keep)
+        if not ((given > 0) & (given <= 1)).all():
+            raise UserError(f"keep={self.keep} is out of range", "it is the share of the prompt that stays", "give more than 0, at most 1")
+        if self.tokens is not None and not (self._array("tokens", self.tokens) >= 1).all():
+            raise UserError(f"tokens={self.tokens} is out of range", "it is how many tokens of the prompt stay", "give 1 or more")
+
+    @staticmethod
+    def _array(name: str, value: Any) -> np.ndarray:
+        try:
+            return np.asarray(value, dtype=float)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{name}={value!r} is no budget", "it is one number, one per layer, or one per layer and key-value head, all alike"
+            ) from None
+
+    def fits(self, layers: int, heads: int) -> None:
+        """UserError unless the budget has as many layers and heads as the model."""
+        for name, value in (("keep", self.keep), ("tokens", self.tokens)):
+            shape = np.shape(value)
+            if shape[:1] not in ((), (layers,)) or shape[1:] not in ((), (1,), (heads,)):
+                raise UserError(
+                    f"{name} has shape {' x '.join(map(str, shape))}",
+                    f"the model has {layers} layers to evict from and {heads} key-value heads",
+                    "give one number, one per layer, or one per layer and head",
+                )
+
+    def counts(self, real: np.ndarray, layer: int, layers: int) -> np.ndarray:
+        """Tokens to keep of `real` (B or 1, 1) ones: (B or 1, G or 1), at least 1 and at most all."""
+        value = self._array("keep", self.keep) if self.tokens is None else self._array("tokens", self.tokens)
+        own = np.atleast_1d(value[layer] if value.ndim else value)[None]  # (1, G or 1)
+        return np.clip(np.rint(own * real if self.tokens is None else own), 1, real).astype(int)
+
+    def window(self, length: int) -> int:
+        """How many of the last queries `score` wants, of a prompt of `length` tokens."""
+        return 1
+
+    def protected(self, read: Read) -> np.ndarray | int:
+        """How many tokens are sure to stay: (B or 1, G or 1)."""
+        return 0
+
+    def score(self, read: Read) -> Tensor:
+        """(B, G, T): the higher, the sooner kept."""
+        raise NotImplementedError
+
+    def choose(self, read: Read) -> tuple[Tensor | None, Tensor | None]:
+        """Positions to keep (B, G, n) in ascending order and which of them are real (B, G, n); None: all of them.
+
+        Raises UserError where the budget does not hold what the method protects."""
+        read.counts = counts = self.counts(read.real, read.layer, read.layers)
+        B, G, T = read.k.shape[:3]
+        if (counts >= T).all():
+            return None, None
+        kept, least = np.broadcast_arrays(counts, np.asarray(self.protected(read)))
+        if (short := (kept < least) & (kept < read.real)).any():
+            n, need = kept[short][0], least[short][0]
+            raise UserError(
+                f"the budget of {self.name} is {n} tokens and it protects {need}",
+                f"the prompt has {int(read.real.min())} tokens",
+                "keep more, protect fewer, or give a longer prompt",
+            )
+        score = self.score(read).expand(B, G, T)
+        if read.lengths:
+            score = score.masked_fill(read.place < 0, -torch.inf)
+        n = int(counts.max())
+        index = score.argsort(dim=-1, descending=True, stable=True)[..., :n]  # stable: equal scores fall alike in any batch
+        if (counts == n).all():
+            return index.sort(-1).values, None
+        spare = torch.arange(n, device=index.device) >= read.tensor(counts)
+        index = index.masked_fill(spare, T).sort(-1).values
+        slots = index < T
+        return index.clamp(max=T - 1), slots

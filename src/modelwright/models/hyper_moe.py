@@ -1,0 +1,111 @@
+"""HyperMoE as a transformers model: Mixtral with a generated adapter beside the experts (modelwright.moe.hyper), "hyper_moe".
+
+import modelwright.models                          # registers the class
+model = AutoModelForCausalLM.from_pretrained(folder).eval().precompute()     # adapters made once, for inference
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import initialization as init
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer, MixtralExperts, MixtralModel
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+from transformers.utils.output_capturing import OutputRecorder
+
+from modelwright.core.anatomy import add_role
+from modelwright.models.causal import Balanced
+from modelwright.moe.hyper import HyperNetwork, SetCode, adapt, table
+
+add_role(r"\.mlp\.code\.(embedding|process\.\d)", "hyper.code")
+add_role(r"\.hyper\.\w+", "hyper")
+
+
+class HyperMoEConfig(MixtralConfig):
+    """MixtralConfig with the sizes of the hypernetwork."""
+
+    model_type = "hyper_moe"
+    norm_topk_prob: bool = True
+    hyper_expert_embedding: int = 128
+    hyper_process: int = 128
+    hyper_code: int = 128
+    hyper_layer_embedding: int = 10
+    hyper_bottleneck: int = 128
+    hyper_adapter: int = 64
+    hyper_init: str = "paper"
+
+
+class HyperBlock(nn.Module):
+    """Router, experts, and the adapter of the token's expert set."""
+
+    def __init__(self, config: HyperMoEConfig, hyper: HyperNetwork, layer: int):
+        super().__init__()
+        c = config
+        self.gate, self.experts = Qwen2MoeTopKRouter(config), MixtralExperts(config)
+        self.code = SetCode(c.num_local_experts, e=c.hyper_expert_embedding, hidden=c.hyper_process, q=c.hyper_code)
+        self.k, self.layer, self._hyper = c.num_experts_per_tok, layer, (hyper,)  # in a tuple: the model owns it
+        self.table: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        _, weights, index = self.gate(flat)
+        y = self.experts(flat, index, weights)
+        if self.table is None or self.training:
+            return (y + adapt(flat, index, self.code, self._hyper[0], self.layer)).view_as(x)
+        adapters, number = self.table
+        return (y + adapters(flat, number[tuple(index.T)])).view_as(x)
+
+
+class _Initialised:
+    config: HyperMoEConfig
+    _can_compile_fullgraph = False
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(Qwen2MoeTopKRouter, index=0),
+        "hidden_states": MixtralDecoderLayer,
+        "attentions": MixtralAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[misc]
+        if isinstance(module, Qwen2MoeTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, SetCode):
+            init.normal_(module.embedding, mean=0.0, std=1.0)
+        elif isinstance(module, HyperNetwork):
+            init.normal_(module.layer_embedding, mean=0.0, std=1.0)
+            with init.guard_torch_init_functions():  # loaded weights are left alone
+                module.reset(self.config.hyper_init)  # type: ignore[arg-type]
+
+
+class HyperMoEModel(_Initialised, MixtralModel):  # type: ignore[misc]
+    config: HyperMoEConfig
+
+    def __init__(self, config: HyperMoEConfig):
+        super().__init__(config)
+        c = config
+        sizes = {"a": c.hyper_adapter, "b": c.hyper_bottleneck, "q": c.hyper_code, "c": c.hyper_layer_embedding}
+        self.hyper = HyperNetwork(c.hidden_size, c.num_hidden_layers, **sizes)
+        for i, layer in enumerate(self.layers):
+            layer.mlp = HyperBlock(config, self.hyper, i)
+        self.post_init()
+
+
+class HyperMoEForCausalLM(Balanced, _Initialised, MixtralForCausalLM):  # type: ignore[misc]
+    config: HyperMoEConfig
+
+    def __init__(self, config: HyperMoEConfig):
+        super().__init__(config)
+        self.model = HyperMoEModel(config)
+        self.post_init()
+
+    def precompute(self, on: bool = True) -> "HyperMoEForCausalLM":
+        """Make every set's adapter now, for evaluation mode; `on=False` drops them. Call again after training."""
+        for i, layer in enumerate(self.model.layers):
+            layer.mlp.table = table(layer.mlp.code, self.model.hyper, i, layer.mlp.k) if on else None
+        return self
+
+
+AutoConfig.register("hyper_moe", HyperMoEConfig)
+AutoModelForCausalLM.register(HyperMoEConfig, HyperMoEForCausalLM)

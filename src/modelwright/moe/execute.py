@@ -1,0 +1,214 @@
+"""Run the experts on a routing list: sort the rows by expert, two grouped matrix products, add up.
+
+    y[t] = sum over rows (t, e, w) of w * down_e (act(gate_e x_t) * (up_e x_t))
+
+Layout as in transformers 5: gate_up (E, 2f, d), gate first; down (E, d, f). Importing this file registers the executor
+under NAME in transformers' experts interface, so it drives every stock model: `use(model)`.
+
+The gated layer without biases is ONE autograd.Function: rows are gathered once, weights are applied where the tensor is
+in hand, and only x, the hidden rows and their activation are kept. What transformers' eager loop pays (E times a
+full-size zero gradient for the fused weights: 28 times the dense floor at 64 experts) does not exist here.
+Products go to torch's grouped_mm where it can run, else to one matrix product per expert into place: odd widths, fp64,
+unaligned or overlapping weights. Other layouts (biases, interleaved, ungated, post-norm) are composed of the same product.
+First derivatives only. Under torch.compile and expert parallelism transformers' own grouped_mm is called.
+"""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate, grouped_mm_experts_forward
+
+from modelwright.moe.routing import Routing
+
+NAME = "modelwright"
+Ends = Tensor  # (E,) int32: where each expert's rows end
+Plan = tuple[Tensor, Tensor, Tensor | None, Ends]  # rows in order of expert, their tokens, the inverse order or None, ends
+
+
+def native(*weights: Tensor) -> bool:
+    """Whether torch's grouped_mm runs these weights (E, a, b): type, device, and strides of whole 16 bytes."""
+    if not hasattr(F, "grouped_mm"):  # torch 2.9
+        return False
+    for w in weights:
+        cuda = w.device.type == "cuda"
+        if w.dtype not in ((torch.bfloat16,) if cuda else (torch.float32, torch.bfloat16, torch.float16)):
+            return False
+        if cuda and torch.cuda.get_device_capability(w.device) < (8, 0):
+            return False
+        unit, (e, a, b), (se, sa, sb) = 16 // w.element_size(), w.shape, w.stride()
+        dense = sb == 1 and sa >= b and not sa % unit or sa == 1 and sb >= a and not sb % unit
+        if not dense or a % unit or b % unit or se % unit or w.data_ptr() % 16 or not e * a * b:
+            return False
+    return True
+
+
+def product(x: Tensor, weight: Tensor, ends: Ends, fast: bool) -> Tensor:
+    """x (R, in), sorted by expert, times each row's expert of weight (E, in, out): (R, out)."""
+    if fast:
+        return F.grouped_mm(x, weight, offs=ends)
+    out, start = x.new_empty(len(x), weight.shape[2]), 0
+    for e, end in enumerate(ends.tolist()):
+        if end > start:
+            torch.mm(x[start:end], weight[e], out=out[start:end])
+        start = end
+    return out
+
+
+def outer(x: Tensor, g: Tensor, ends: Ends, fast: bool) -> Tensor:
+    """Per expert x^T g over its rows: (R, a), (R, b) -> (E, a, b); zero for an expert without rows."""
+    if fast:
+        return F.grouped_mm(x.T, g, offs=ends)
+    out, start = x.new_empty(len(ends), x.shape[1], g.shape[1]), 0
+    for e, end in enumerate(ends.tolist()):
+        torch.mm(x[start:end].T, g[start:end], out=out[e])
+        start = end
+    return out
+
+
+class Product(torch.autograd.Function):
+    """`product` with its gradient, for the layouts that are composed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
+        ctx.save_for_backward(x, weight, ends)
+        ctx.fast = len(x) > 0 and native(weight)
+        return product(x, weight, ends, ctx.fast)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, ends = ctx.saved_tensors
+        g, need = g.contiguous(), ctx.needs_input_grad
+        g_x = product(g, weight.mT, ends, ctx.fast) if need[0] else None
+        return g_x, outer(x, g, ends, ctx.fast) if need[1] else None, None
+
+
+def _add_up(rows: Tensor, token: Tensor, tokens: int, slot: Tensor | None) -> Tensor:
+    """Rows (R, d) summed by token: (tokens, d)."""
+    if slot is None:  # in the order of the list: one process on a CPU gives the same bits each time
+        return rows.new_zeros(tokens, rows.shape[1]).index_add_(0, token, rows)
+    return rows.index_select(0, slot).view(tokens, -1, rows.shape[1]).sum(1)
+
+
+class _Gated(torch.autograd.Function):
+    """The whole layer for a list of rows with their weights (R,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, act: Any) -> Tensor:
+        order, token, slot, ends = plan
+        weight = weights.index_select(0, order)[:, None]
+        f, fast = down.shape[2], len(token) > 0 and native(gate_up, down)
+        h = product(x.index_select(0, token), gate_up.mT, ends, fast)  # (R, 2f)
+        s = act(h[:, :f])
+        y = product(s * h[:, f:], down.mT, ends, fast)
+        y = y.mul_(weight) if y.dtype == weight.dtype else y * weight
+        ctx.save_for_backward(x, weight, gate_up, down, *plan, h, s)
+        ctx.act, ctx.fast = act, fast
+        return _add_up(y, token, len(x), slot).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight, gate_up, down, order, token, slot, ends, h, s = ctx.saved_tensors
+        need, f, fast = ctx.needs_input_grad, down.shape[2], ctx.fast
+        rows = g.index_select(0, token)  # any strides come out dense
+        back = product(rows, down, ends, fast)  # (R, f): gradient of the activation, weight left out
+        a = s * h[:, f:]
+        g_weight = weight.new_empty(len(order)).scatter_(0, order, (a * back).sum(1).to(weight.dtype)) if need[1] else None
+        w = weight.to(rows.dtype)
+        g_down = outer(rows.mul_(w), a, ends, fast) if need[3] else None
+        back.mul_(w)
+        gh = torch.empty_like(h)
+        torch.mul(back, s, out=gh[:, f:])
+        _backward(ctx.act, back.mul_(h[:, f:]), h[:, :f], gh[:, :f])
+        g_gate_up = outer(gh, x.index_select(0, token), ends, fast) if need[2] else None
+        g_x = _add_up(product(gh, gate_up, ends, fast), token, len(x), slot) if need[0] else None
+        return g_x, g_weight, g_gate_up, g_down, None, None
+
+
+def _backward(act: Any, g: Tensor, x: Tensor, out: Tensor) -> None:
+    if act is F.silu:
+        torch.ops.aten.silu_backward.grad_input(g, x, grad_input=out)
+        return
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        out.copy_(torch.autograd.grad(act(leaf), leaf, g)[0])
+
+
+def _plan(expert: Tensor, token: Tensor | int, experts: int, x: Tensor, k: int) -> Plan:
+    order = expert.argsort(stable=True)
+    token = order // token if isinstance(token, int) else token.index_select(0, order)
+    slot = None
+    if k and (x.is_cuda or x.element_size() < 4):  # index_add_ is fastest on a CPU, but sums in x's own type, and in any order on a GPU
+        slot = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return order, token, slot, expert.bincount(minlength=experts).cumsum(0, dtype=torch.int32)
+
+
+def experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+    """The layer's output (T, d) for x (T, d), index and weights (T, k)."""
+    k = index.shape[1]
+    plan = _plan(index.reshape(-1), k, len(down), x, k)
+    return _Gated.apply(x.to(down.dtype), weights.reshape(-1), gate_up, down, plan, act).to(x.dtype)
+
+
+def execute(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, act: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
+    """The layer's output (T, d) for a routing list; a token without rows gets zeros, or its input where it passes by."""
+    plan = _plan(routing.expert, routing.token, len(down), x, routing.k)
+    y = _Gated.apply(x.to(down.dtype), routing.weight, gate_up, down, plan, act).to(x.dtype)
+    return y if routing.past is None else y + (routing.past[:, None] * x).to(y.dtype)
+
+
+# ---- transformers' experts interface ---------------------------------------------------------------------------------
+def _act(module: Any) -> Any:
+    return F.silu if type(module).__name__ in ("SiLU", "SiLUActivation") else module
+
+
+# A routing list that a module's next call follows instead of its arguments; see modelwright.moe.reroute
+PENDING: WeakKeyDictionary[nn.Module, Routing] = WeakKeyDictionary()
+
+
+def is_plain(module: Any) -> bool:
+    """Whether experts have the gated layout without extras, which is the one that takes a ragged list."""
+    extras = module.has_bias or module.is_transposed or module.has_post_expert_norm
+    return module.has_gate and module.is_concatenated and not extras and type(module)._apply_gate is _default_apply_gate
+
+
+def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() or self._is_expert_parallel:
+        return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    if is_plain(self):
+        if (routing := PENDING.pop(self, None)) is not None:
+            return execute(hidden_states, routing, self.gate_up_proj, self.down_proj, _act(self.act_fn))
+        return experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, _act(self.act_fn))
+    return _composed(self, hidden_states, top_k_index, top_k_weights)
+
+
+def _composed(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    expert = index.reshape(-1)
+    order, token, _, ends = _plan(expert, index.shape[1], self.num_experts, x, 0)
+    expert, name = expert[order], "gate_up_proj" if self.has_gate else "up_proj"
+
+    def linear(rows: Tensor, name: str) -> Tensor:
+        weight = getattr(self, name)
+        out = Product.apply(rows.to(weight.dtype), weight if self.is_transposed else weight.mT, ends)
+        return out + getattr(self, name + "_bias")[expert] if self.has_bias else out
+
+    h = linear(x.index_select(0, token), name)
+    y = linear(self._apply_gate(h) if self.has_gate else self.act_fn(h), "down_proj")
+    y = (self.post_expert_norm(y) if self.has_post_expert_norm else y) * weights.reshape(-1)[order][:, None]
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return y.index_select(0, back).view(*index.shape, -1).sum(1).to(x.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
+
+
+def use(model: nn.Module, name: str = NAME) -> nn.Module:
+    """The model, its experts run by `name` from now on: ours, or eager, grouped_mm, batched_mm."""
+    model.set_experts_implementation(name)  # type: ignore[operator]
+    return model

@@ -1,0 +1,75 @@
+"""Another routing for a stock model: a hook on each router turns its answer into a Routing, which our executor follows.
+
+    with rerouted(model, change):           # change(layer, logits, weights, index, real) -> Routing, or None: as it is
+        model(**batch)
+
+No class is patched, and everything is undone after the block. Gradients flow through the router's own logits and weights.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from modelwright.core.errors import UserError
+from modelwright.moe.execute import NAME, PENDING, is_plain
+from modelwright.moe.routing import Routing
+from modelwright.moe.watch import padding, routers
+
+Change = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Routing | None]
+
+
+class Reroute:
+    """The hooks of one model; `undo` takes them away."""
+
+    def __init__(self, model: nn.Module, change: Change):
+        self.real: Tensor | None = None  # (B, T) bool of the running batch
+        self.shape = (0, 0)  # (B, T) of the running batch
+        found = routers(model)
+        self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        self._before: list[tuple[Any, Any]] = []
+        for i, (path, router) in enumerate(found):
+            experts: Any = model.get_submodule(path.rpartition(".")[0]).experts
+            if not is_plain(experts):
+                self.undo()
+                raise UserError(
+                    f"{type(experts).__name__} cannot follow another routing",
+                    "its experts are not gated layers without biases",
+                    "give a Mixtral-, Qwen-, OLMoE- or Granite-style mixture of experts",
+                )
+            self._before.append((experts.config, experts.config._experts_implementation))
+            experts.config._experts_implementation = NAME
+            self._handles.append(router.register_forward_hook(self._turn(i, experts, change)))
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.real = padding(kwargs)
+        given: Any = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+        self.shape = tuple(given.shape[:2])
+
+    def _turn(self, layer: int, experts: nn.Module, change: Change) -> Any:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            real = None if self.real is None else self.real.reshape(-1).to(output[0].device)
+            PENDING.pop(experts, None)  # left by a pass that was broken off
+            if (routing := change(layer, output[0], output[1], output[2], real)) is not None:
+                PENDING[experts] = routing
+
+        return hook
+
+    def undo(self) -> None:
+        """Routers and executor as before."""
+        for h in self._handles:
+            h.remove()
+        for config, name in reversed(self._before):
+            config._experts_implementation = name
+        self._handles, self._before = [], []
+
+
+@contextmanager
+def rerouted(model: nn.Module, change: Change) -> Iterator[Reroute]:
+    """Reroute inside the block."""
+    hooks = Reroute(model, change)
+    try:
+        yield hooks
+    finally:
+        hooks.undo()

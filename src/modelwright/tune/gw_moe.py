@@ -1,0 +1,56 @@
+"""GW-MoE (2406.12375): while training, tokens with an undecided router are sent to all experts; evaluation is unchanged.
+
+What for: fine-tuning an existing mixture of experts. Where the router's scores are near uniform, the choice among experts is
+arbitrary; broadcasting lets every expert learn to serve these tokens. The result is a stock model.
+
+The rule, what the official code does instead of it, and what is ours: modelwright.moe.uncertain. The published scripts use
+H* = 1.6 (GLUE) and 1.8 (summaries, questions) for 8 experts, whose largest entropy is ln 8 = 2.08.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from modelwright.core.knobs import Tune, knob
+from modelwright.moe.routing import CHOSEN, Routing
+from modelwright.moe.uncertain import broadcast, uncertain
+from modelwright.tune.routing import Rerouted
+
+
+@dataclass(frozen=True)
+class Knobs(Tune):
+    threshold: float = knob(1.5, "H*: entropy from which a token is broadcast, in the unit below", low=0)
+    unit: Literal["nats", "normalised", "share"] = knob("nats", "nats, share of ln E, or share of the tokens that is broadcast")
+    limit: int | None = knob(None, "at most so many tokens per sequence, in order of position; empty: no limit", low=0)
+    mode: Literal["broadcast", "released"] = knob("broadcast", "the paper's rule, or what the official code computes")
+    match_scale: bool = knob(False, "give the broadcast the sum of the weights that were chosen")
+
+
+class GwMoe(Rerouted):
+    """Broadcasts uncertain tokens during training."""
+
+    name = "gw_moe"
+
+    def __init__(self, knobs: Knobs):
+        self.knobs = knobs
+
+    def change(self, layer: int, logits: Tensor, weights: Tensor, index: Tensor, real: Tensor | None) -> Routing | None:
+        k = self.knobs
+        where = uncertain(logits.float().softmax(-1), k.threshold, k.unit, k.limit, real, self.hooks.shape[1])
+        return broadcast(logits, weights, index, where, mode=k.mode, match_scale=k.match_scale, real=real)
+
+    def share(self) -> float:
+        """Share of the tokens of all layers that were uncertain so far: those that the chosen experts did not serve."""
+        return 1 - int(self.routed[CHOSEN]) / max(self.tokens * self.top_k, 1)
+
+    def liveness(self, moved: dict[str, Tensor]) -> str:
+        return f"{super().liveness(moved)}; {self.share():.1%} of the tokens were uncertain"
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "share of uncertain tokens": self.share(),
+            "threshold": self.knobs.threshold,
+            "unit": self.knobs.unit,
+            "mode": self.knobs.mode,
+        }

@@ -1,0 +1,56 @@
+"""cache.bench: the loss of a continuation, and what the report says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import modelwright
+from families import model_of
+from modelwright.cache.measure import continued
+from modelwright.cache.nacl import NACL
+from modelwright.core.errors import UserError
+
+
+def test_the_continuation_s_loss_is_the_model_s_own_without_eviction() -> None:
+    model = model_of("llama", max_position_embeddings=128)
+    ids = torch.randint(3, 96, (5, 60))
+    found = continued(model, ids, 40, batch=2)
+    with torch.no_grad():
+        logits = model(ids).logits[:, 40:-1]
+    assert (found.nll - torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 41:], reduction="none")).abs().max() < 1e-4
+    assert torch.equal(found.choice, logits.argmax(-1)) and found.bytes == 40 * 2 * 2 * 2 * 8 * 4
+    same, less = continued(model, ids, 40, NACL(keep=1.0)), continued(model, ids, 40, NACL(keep=0.2))
+    assert (same.nll - found.nll).abs().max() < 1e-5 and (less.nll - found.nll).abs().max() > 1e-3
+    assert less.bytes * 5 == found.bytes
+
+
+def test_a_real_model_loses_more_with_less_and_the_report_says_so(stories: Path, shared: Path, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text((shared / "grimm" / "GrimmsFairyTales.txt").read_text()[20_000:40_000])
+    knobs = {"data": str(text), "context": 192, "continuation": 32, "rows": 8, "tasks": ["copy"]}
+    found = modelwright.run("cache.bench", base=stories, methods=["nacl", "random", "snapkv"], keep=[0.5, 0.05], **knobs)
+    rows = {(r["cache"], r["keep"]): r for r in found.steps[0]["metrics"]["rows"]}
+    assert rows["full cache", 1.0]["agreement"] == 1 and rows["full cache", 1.0]["rise"] == 0
+    assert rows["random", 0.05]["nll"] > rows["random", 0.5]["nll"] > 0
+    assert rows["random", 0.05]["agreement"] < rows["random", 0.5]["agreement"] < 1
+    assert abs(rows["nacl", 0.5]["cache_bytes"] / rows["full cache", 1.0]["cache_bytes"] - 0.5) < 0.02
+    assert list(found.steps[0]["metrics"]["left_out"]) == ["snapkv at 0.05"]
+    html = found.report.html()
+    assert "Real text read on" in html and "Left out" in html
+    json.dumps(found.plain())
+
+
+def test_bad_input_is_refused(tiny, tmp_path: Path) -> None:  # noqa: ANN001
+    for words, knobs in {
+        "nothing to measure": {},
+        "keep=1.5 is out of range": {"tasks": ["recall"], "keep": [1.5]},
+        "unknown way to evict 'naclo'": {"tasks": ["recall"], "methods": ["naclo"]},
+        "unknown task": {"tasks": ["recal"]},
+    }.items():
+        with pytest.raises(UserError, match=words):
+            modelwright.run("cache.bench", base=tiny("llama"), **knobs)
+    (tmp_path / "short.jsonl").write_text(json.dumps({"input_ids": [5] * 30}) + "\n")
+    with pytest.raises(UserError, match="the text has no 512 tokens"):
+        modelwright.run("cache.bench", base=tiny("llama"), data=str(tmp_path / "short.jsonl"))

@@ -1,0 +1,121 @@
+"""HyperMoE: three forms of one adapter agree, zero init is the base model, and the table is the hypernetwork."""
+
+import pytest
+import torch
+
+from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.errors import UserError
+from modelwright.moe.hyper import HyperNetwork, SetCode, adapt, distinct, table
+from modelwright.reshape.hyper_moe import Knobs, hyper_moe
+
+_SMALL = {"a": 4, "b": 6, "e": 5, "hidden": 7, "q": 6, "c": 3}
+
+
+def _parts(E: int = 6, d: int = 16) -> tuple[SetCode, HyperNetwork]:
+    code, hyper = SetCode(E, e=5, hidden=7, q=6).double(), HyperNetwork(d, 3, a=4, b=8, q=6, c=3).double()
+    return code, hyper
+
+
+def _naive(x, index, code, hyper, layer):
+    """One adapter per token, as the paper writes it and the official code runs it."""
+    out = []
+    for t in range(len(x)):
+        idle = [j for j in range(len(code.embedding)) if j not in index[t].tolist()]
+        s = code.embedding[idle].sum(0)
+        z = torch.relu(hyper.mix(torch.cat([code.process(s), hyper.layer_embedding[layer]])))
+        down, up = hyper.down(z).view(hyper.d, hyper.a), hyper.up(z).view(hyper.a, hyper.d)
+        out.append(torch.relu(x[t] @ down + hyper.down_bias(z)) @ up + hyper.up_bias(z))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("k", [1, 2, 6])
+def test_grouped_reordered_and_per_token_forms_agree(k: int) -> None:
+    code, hyper = _parts()
+    x = torch.randn(20, 16, dtype=torch.float64, requires_grad=True)
+    index = torch.rand(20, 6).topk(k).indices
+    leaves, g = [x, code.embedding, hyper.down.weight, hyper.up.weight, hyper.mix.weight], torch.randn(20, 16, dtype=torch.float64)
+    sets, of = index.sort(1).values.unique(dim=0, return_inverse=True)
+    z = hyper.codes(code(sets), 1)
+    forms = [_naive(x, index, code, hyper, 1), hyper.adapters(z)(x, of), hyper.reordered(x, z[of]), adapt(x, index, code, hyper, 1)]
+    grads = [torch.autograd.grad(y, leaves, g, retain_graph=True, allow_unused=True) for y in forms]
+    for y, grad in zip(forms[1:], grads[1:], strict=True):
+        torch.testing.assert_close(y, forms[0], rtol=1e-10, atol=1e-12)
+        for a, b in zip(grad, grads[0], strict=True):
+            if b is not None and b.any():
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("experts", "k"), [(6, 1), (6, 2), (6, 3), (64, 11)])
+def test_distinct_sets_hold_every_token_s_experts(experts: int, k: int) -> None:
+    index = torch.rand(40, experts).topk(k).indices
+    sets, of = distinct(index, experts)
+    assert torch.equal(sets[of].sort(1).values, index.sort(1).values) and len(sets.unique(dim=0)) == len(sets)
+
+
+def test_equal_sets_have_equal_adapters_in_any_order_of_choice() -> None:
+    code, hyper = _parts()
+    x = torch.randn(1, 16, dtype=torch.float64).expand(2, -1)
+    y = adapt(x, torch.tensor([[1, 4], [4, 1]]), code, hyper, 0)
+    assert torch.equal(y[0], y[1])
+    assert not torch.equal(adapt(x, torch.tensor([[1, 4], [4, 2]]), code, hyper, 0)[1], y[1])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_table_is_the_hypernetwork_s_answer(k: int) -> None:
+    code, hyper = _parts()
+    x, index = torch.randn(20, 16, dtype=torch.float64), torch.rand(20, 6).topk(k).indices
+    adapters, number = table(code, hyper, 2, k)
+    torch.testing.assert_close(adapters(x, number[tuple(index.T)]), adapt(x, index, code, hyper, 2), rtol=1e-10, atol=1e-12)
+
+
+def test_no_table_of_too_many_sets() -> None:
+    with pytest.raises(UserError, match="too many sets"):
+        table(*_parts(), 0, 3)
+
+
+def test_paper_sizes_give_the_published_number_of_generator_weights() -> None:
+    with torch.device("meta"):
+        hyper = HyperNetwork(768, 12)
+    assert hyper.down.weight.numel() + hyper.up.weight.numel() == 2 * 128 * 768 * 64 == 12_582_912
+
+
+def test_zero_init_is_the_base_bit_for_bit_and_still_learns(tiny) -> None:
+    source, ids = Checkpoint(tiny("mixtral")), torch.randint(3, 96, (2, 11))
+    base = source.model()
+    built, promise = hyper_moe(source, Knobs(init="zero", **_SMALL))
+    assert promise == "same function" and torch.equal(built.model.eval()(ids).logits, base(ids).logits)
+    built.model.train()(ids, labels=ids).loss.backward()
+    assert built.model.model.hyper.up.weight.grad.any() and built.model.model.hyper.up_bias.weight.grad.any()
+    paper, promise = hyper_moe(source, Knobs(**_SMALL))
+    drift = (paper.model.eval()(ids).logits - base(ids).logits).abs().max().item()
+    assert promise == "changed function" and 0 < drift < 0.05
+
+
+def test_precomputed_model_saves_and_is_the_same(tiny, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, ids = hyper_moe(Checkpoint(tiny("mixtral")), Knobs(**_SMALL))[0].model.eval(), torch.randint(3, 96, (2, 11))
+    for p in model.model.hyper.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    want = model(ids).logits
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, want)
+    torch.testing.assert_close(again.precompute()(ids).logits, want, rtol=1e-4, atol=1e-4)
+    assert again.model.layers[0].mlp.table is not None
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny) -> None:
+    found, ids = [], torch.randint(3, 96, (2, 11))
+    for recompute in (False, True):
+        model = hyper_moe(Checkpoint(tiny("mixtral")), Knobs(**_SMALL))[0].model.train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids, use_cache=False, output_router_logits=True).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*found, strict=True))
+
+
+def test_other_models_are_refused(tiny) -> None:
+    with pytest.raises(UserError, match="not Mixtral's"):
+        hyper_moe(Checkpoint(tiny("llama")), Knobs())

@@ -1,0 +1,106 @@
+"""Balancing while training: the loss balances, the global one does not depend on how a batch is split, the bias moves."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from families import model_of
+from modelwright.core.anatomy import Anatomy
+from modelwright.core.errors import UserError
+from modelwright.core.knobs import Train
+from modelwright.core.text import Rows
+from modelwright.core.training import fit
+from modelwright.moe.watch import watch
+from modelwright.tune.balance import Balance, Knobs
+
+
+def _rows(n: int = 16) -> Rows:
+    ids = torch.randint(3, 96, (n, 12), generator=torch.Generator().manual_seed(0)).int()
+    return Rows(ids, ids, torch.full((n,), 12))
+
+
+def _skewed(model=None):
+    """Every token has a large first entry, and the first expert likes it."""
+    model = (model or model_of("mixtral")).train()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()[:, 0] = 2.0
+        for layer in model.model.layers:
+            layer.mlp.gate.weight.normal_(0, 0.1)
+            layer.mlp.gate.weight[0, 0] += 0.3
+    return model
+
+
+def _fit(technique, folder: Path, model=None, **train):
+    settings = {"tokens": 16 * 12 * 4, "batch": 4, "lr": 3e-3, "warmup": 0.0, **train}
+    return fit(model or _skewed(), _rows(), Train(**settings), techniques=[technique], evals={}, folder=folder, seed=0)
+
+
+def _max_violation(model) -> float:
+    with watch(model.eval()) as seen, torch.no_grad():
+        model(input_ids=_rows().ids.long())
+    return seen.facts()["MaxVio"]
+
+
+@pytest.mark.parametrize("kind", ["switch", "global", "sequence", "cv"])
+def test_a_loss_balances_the_load(kind: str, tmp_path) -> None:
+    none, some = (
+        _max_violation(_fit(Balance(Knobs(kind=kind, coefficient=c)), tmp_path / str(c), tokens=16 * 12 * 8).model) for c in (0.0, 3.0)
+    )
+    assert some < none - 0.2
+
+
+def test_z_loss_makes_logits_small(tmp_path) -> None:
+    sizes = []
+    for c in (0.0, 1.0):
+        model = _fit(Balance(Knobs(kind="z", coefficient=c)), tmp_path / str(c)).model
+        with watch(model) as seen, torch.no_grad():
+            model(input_ids=_rows().ids.long())
+        sizes.append(float(seen.records[0].logits.logsumexp(-1).square().mean()))
+    assert sizes[1] < sizes[0]
+
+
+def test_the_loss_is_the_closed_form_and_gradients_are_those_of_one_batch(tmp_path) -> None:
+    """One micro-batch a step: the global loss is the switch loss bit for bit."""
+    one, two = (_fit(Balance(Knobs(kind=k, coefficient=1.0)), tmp_path / k).model.state_dict() for k in ("switch", "global"))
+    assert all(torch.equal(a, two[n]) for n, a in one.items())
+    split = [_fit(Balance(Knobs(kind=k, coefficient=1.0)), tmp_path / f"{k}2", batch=2, accumulate=2).model for k in ("switch", "global")]
+    assert not all(torch.equal(a, b) for a, b in zip(split[0].parameters(), split[1].parameters(), strict=True))
+
+
+def test_recomputation_changes_nothing(tmp_path) -> None:
+    found = []
+    for recompute in (False, True):
+        t = Balance(Knobs(kind="global", coefficient=1.0))
+        found.append((_fit(t, tmp_path / str(recompute), gradient_checkpointing=recompute).model, t.total))
+    assert torch.equal(found[0][1], found[1][1]) and int(found[0][1].sum()) == 2 * 2 * 16 * 12 * 4
+    for a, b in zip(found[0][0].parameters(), found[1][0].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_is_refused_where_there_is_none_and_a_dense_model_too() -> None:
+    for kind, knobs, words in (("mixtral", Knobs(kind="bias"), "no bias"), ("llama", Knobs(), "no experts")):
+        model = model_of(kind)
+        with pytest.raises(UserError, match=words):
+            Balance(knobs).select(model, Anatomy(model), 0)
+
+
+def test_bias_moves_against_the_load_after_each_step(tmp_path) -> None:
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=0, n_shared_experts=1,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = Glm4MoeForCausalLM(config)
+    with torch.no_grad():
+        for layer in _skewed(model).model.layers:
+            layer.mlp.gate.e_score_correction_bias.zero_()
+    before = _max_violation(model)
+    t = Balance(Knobs(kind="bias", rate=0.02))
+    outcome = _fit(t, tmp_path, model.train(), lr=1e-5, tokens=16 * 12 * 10)
+    biases = [layer.mlp.gate.e_score_correction_bias for layer in outcome.model.model.layers]
+    assert all(b.any() and abs(float(b.mean())) < 1e-6 for b in biases)
+    assert _max_violation(outcome.model) < before - 0.1
