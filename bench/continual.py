@@ -128,9 +128,9 @@ def outcome(means: dict, best: dict) -> str:
     ]
     migu, chance = of("MIGU, guard update"), of("random rows, guard update")
     gap = [x - y for x, y in zip(migu, chance, strict=True)]
-    clear = abs(statistics.mean(gap)) > statistics.stdev(gap)
-    verdict = "clear of" if clear else "within"
-    return f"AA at full tuning's best rate: {', '.join(words)}. MIGU (update) minus random rows: {spread(gap)}, {verdict} the spread."
+    clear = abs(statistics.mean(gap)) > 2 * statistics.stdev(gap)
+    verdict = "more than" if clear else "within"
+    return f"AA at full tuning's best rate: {', '.join(words)}. MIGU (update) minus random rows: {spread(gap)}, {verdict} twice the spread."
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         T.GraniteForCausalLM,
         {**_GQA, "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
     ),
+    "gemma": (T.GemmaConfig, T.GemmaForCausalLM, {**_GQA, "head_dim": 8}),
     "gemma2": (T.Gemma2Config, T.Gemma2ForCausalLM, {**_GQA, "head_dim": 8}),
     "gemma3": (T.Gemma3TextConfig, T.Gemma3ForCausalLM, {**_GQA, "head_dim": 8}),
     "phi3": (T.Phi3Config, T.Phi3ForCausalLM, {**_GQA, "sliding_window": None}),

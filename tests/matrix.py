@@ -85,7 +85,7 @@ ROWS: dict[str, Row] = {
     ),
     "tune.rectify": Row(
         {"train": _TRAIN, "factor": 0.5},
-        ("tests/tune/test_rerouted.py", "tests/moe/test_rectify.py"),
+        ("tests/tune/test_rerouted.py", "tests/moe/test_rectify.py", "tests/moe/test_parallel.py"),
         families=("mixtral", "qwen3_moe", "granitemoe"),
         data=True,
     ),
@@ -130,7 +130,7 @@ ROWS: dict[str, Row] = {
             "tasks": ["recall"],
             "rows": 2,
         },
-        ("tests/cache/test_suite.py", "tests/cache/test_bench.py"),
+        ("tests/cache/test_suite.py", "tests/cache/test_cache_bench.py"),
         families=(*DENSE, "gpt2", "phi3", "gemma2", "mixtral"),
         data=True,
     ),

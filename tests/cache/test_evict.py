@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from families import FAMILIES, model_of
+from families import model_of
 from modelwright.cache.baselines import H2O, TOVA, KeyNorm, PyramidKV, Random, SnapKV, StreamingLLM
 from modelwright.cache.evict import evict
 from modelwright.cache.layer import EvictLayer
@@ -19,7 +19,6 @@ from modelwright.cache.method import Method
 from modelwright.cache.nacl import NACL
 from modelwright.core.errors import UserError
 
-FAMILIES.setdefault("gemma", (T.GemmaConfig, T.GemmaForCausalLM, {**FAMILIES["llama"][2], "head_dim": 8}))
 ARCHITECTURES = (
     "llama",
     "mistral",

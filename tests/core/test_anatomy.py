@@ -19,7 +19,7 @@ from modelwright.core.hooks import capture, patch
 KINDS = list(FAMILIES)
 MIXTURES = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
 DENSE = [k for k in KINDS if k not in MIXTURES]
-GATED = ["llama", "mistral", "qwen2", "qwen3", "granite", "gemma2", "gemma3", "phi3", "t5_v1_1"]
+GATED = ["llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "gemma3", "phi3", "t5_v1_1"]
 FUSED = {
     "phi3": "model.layers.0.self_attn.qkv_proj",
     "gpt2": "transformer.h.0.attn.c_attn",

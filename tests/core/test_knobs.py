@@ -6,7 +6,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
@@ -293,7 +293,8 @@ def test_plain_values_build_the_same_settings_again(values: dict[str, Any]) -> N
 @pytest.mark.parametrize("entry", registry.ENTRIES, ids=lambda e: e.name)
 def test_defaults_of_every_method_build_themselves_again(entry: registry.Entry) -> None:
     kind = registry.knobs(entry)
-    needed = {n: 4 for n, f in flat(kind) if default_of(f) is MISSING}
+    missing = [(n, f) for n, f in flat(kind) if default_of(f) is MISSING]
+    needed = {n: get_args(f.type)[0] if get_origin(f.type) is Literal else "4" if f.type is str else 4 for n, f in missing}
     found = build(kind, needed)
     assert build(kind, json.loads(json.dumps(plain(found)))) == found
 

@@ -46,7 +46,7 @@ def test_equals_the_plain_sum(dtype, d, f, k) -> None:
     _agree(_layer(d=d, f=f, k=k, dtype=dtype))
 
 
-@pytest.mark.parametrize("act", [F.gelu, F.relu, torch.nn.SiLU(), torch.tanh], ids=str)
+@pytest.mark.parametrize("act", [F.gelu, F.relu, torch.nn.SiLU(), torch.tanh], ids=["gelu", "relu", "silu", "tanh"])
 def test_any_activation(act) -> None:
     _agree(_layer(), act)
 
