@@ -146,6 +146,31 @@ def test_a_row_keeps_the_same_tokens_alone_and_padded_in_a_batch(cls: type[Metho
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", [NACL(keep=0.3), H2O(), SnapKV(observe=7), StreamingLLM()], ids=lambda m: m.name)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mixtral", "gpt2"])
+def test_the_prompt_itself_is_attended_to_in_full(kind: str, method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, asked = build(kind), ids_of(), []
+    with torch.no_grad():
+        stock = model(ids).logits
+        attention = torch.nn.functional.scaled_dot_product_attention
+        monkeypatch.setattr(
+            torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: asked.append(q.shape[2]) or attention(q, *a, **k)
+        )
+        with evict(model, method):
+            assert (model(ids).logits - stock).abs().max() < 1e-5
+    scored = {"nacl": len(ids[0]) - method.window(len(ids[0])), "h2o": None, "snapkv": len(ids[0]) - 7, "streaming_llm": len(ids[0])}
+    wanted = scored[method.name]
+    assert asked == ([] if wanted is None else [wanted] * model.config.num_hidden_layers)  # no query is attended for twice
+
+
+def test_gradients_of_the_prompt_are_those_of_the_stock_model() -> None:
+    model, ids = build(), ids_of()
+    stock = torch.autograd.grad(model(ids).logits.square().mean(), list(model.parameters()))
+    with evict(model, H2O()):
+        ours = torch.autograd.grad(model(ids).logits.square().mean(), list(model.parameters()))
+    assert max((a - b).abs().max() for a, b in zip(stock, ours, strict=True)) < 1e-6
+
+
 def test_the_tensors_are_really_smaller() -> None:
     model, ids = build(), ids_of(length=100)
     full = nbytes(model(ids).past_key_values)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modelwright.cache.baselines import H2O, TOVA, KeyNorm, PyramidKV, Random, SnapKV, StreamingLLM
-from modelwright.cache.method import Method, Read
+from modelwright.cache.method import Method, Read, highest
 from modelwright.cache.names import METHODS, named
 from modelwright.core.errors import UserError
 
@@ -39,6 +39,33 @@ def kept(method: Method, read: Read) -> list[list[list[int]]]:
     index, slots = method.choose(read)
     assert index is not None
     return [[[int(i) for j, i in enumerate(index[b, h]) if slots is None or slots[b, h, j]] for h in range(G)] for b in range(B)]
+
+
+@pytest.mark.parametrize("queries", [1, 5, 24])
+@pytest.mark.parametrize("block", [None, 7])
+def test_the_last_queries_attend_to_what_attention_says(queries: int, block: int | None) -> None:
+    read = read_of()
+    read.attend, read.block = True, block
+    read.received(queries)
+    wanted = weights(read)[:, :, T - queries :] @ read.v.repeat_interleave(H // G, 1)
+    assert read.attended is not None
+    assert (read.attended.flatten(1, 2) - wanted).abs().max() < 1e-5
+    read = read_of()
+    read.attend = True
+    read.received(queries, causal=False)
+    assert read.attended is None  # queries that see ahead have attended to something else
+
+
+@pytest.mark.parametrize("counts", [[[5]], [[1], [24]], [[3, 9], [24, 1]]])
+def test_the_highest_are_the_first_of_a_stable_sort(counts: list[list[int]]) -> None:
+    score = torch.randint(0, 6, (B, G, T), generator=torch.Generator().manual_seed(0)).float()  # many are equal
+    score[0, :, :4], score[1, 0, 5:9], score[1, 1, 3] = torch.inf, -torch.inf, torch.nan
+    found = highest(score, torch.tensor(counts)[..., None])
+    order = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).argsort(descending=True, stable=True)
+    for b in range(B):
+        for h in range(G):
+            n = int(np.broadcast_to(counts, (B, G))[b, h])
+            assert found[b, h].nonzero().flatten().tolist() == sorted(order[b, h, :n].tolist())
 
 
 @pytest.mark.parametrize("lengths", [None, [24, 17]])

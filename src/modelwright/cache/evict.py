@@ -6,8 +6,9 @@
 Works on any decoder that transformers drives through its attention interface: queries and keys arrive after rotation and
 norms, so there is no code per model. Inside the block the model's attention implementation is one of ours, under which an
 attention function and a mask function are registered, and a forward hook puts our layers into every empty cache; no class is
-touched, and afterwards, also after an error, the model is as it was. Attention of the prompt is computed in full; each
-layer then drops what its method gives up, before the next layer starts, so at most one layer is ever whole. Kept tokens
+touched, and afterwards, also after an error, the model is as it was. Attention of the prompt is computed in full, and once:
+a method that scores by the attention of the last queries hands on what they attend to. Each layer then drops what its
+method gives up, before the next layer starts, so at most one layer is ever whole. Kept tokens
 stay at their true positions and new tokens go on at theirs.
 
 Layers with a sliding window keep their window, which bounds them already; the others are evicted. Nothing is evicted while
@@ -54,6 +55,7 @@ class Eviction:
     def __init__(self, model: Any, method: Method, chunked: bool = False, record: bool = False):
         self.method, self.chunked, self.record = method, chunked, record
         self.active = False
+        self.wanted = 1  # queries that the method wants of the prompt under way
         self.kept: list[Tensor] = []
         kind = type(model).__name__
         if model.config.is_encoder_decoder or not model.can_generate():
@@ -131,7 +133,9 @@ class Eviction:
             if layers[0].seen and ids.shape[1] == 1:
                 self.finish(cache)
             else:
-                lengths = _lengths(kwargs.get("attention_mask"), layers[0].seen + ids.shape[1])
+                total = layers[0].seen + ids.shape[1]
+                lengths = _lengths(kwargs.get("attention_mask"), total)
+                self.wanted = min(max(map(self.method.window, set(lengths or [total]))), total)
                 for layer in layers:
                     layer.lengths = lengths
         _now.step = (self, cache)
@@ -147,21 +151,25 @@ class Eviction:
             if layer.queries is not None:
                 self._evict(layer, i, layer.queries, *layer.manner)
 
-    def _read(self, layer: EvictLayer, index: int, query: Tensor, scale: float, softcap: float | None) -> None:
-        wanted = min(max(map(self.method.window, layer.lengths or [layer.seen])), layer.seen)
+    def _read(
+        self, layer: EvictLayer, index: int, query: Tensor, scale: float, softcap: float | None, attend: bool = False
+    ) -> Tensor | None:
+        """Evict, or keep what is needed for it; where `attend`, what the last queries attend to (B, H, n, d) if that was in hand."""
         if not self.chunked:
-            self._evict(layer, index, query[:, :, -wanted:], scale, softcap)
-            return
+            return self._evict(layer, index, query[:, :, -self.wanted :], scale, softcap, attend)
         whole = query if layer.queries is None else torch.cat([layer.queries, query], 2)
-        layer.queries, layer.manner = whole[:, :, -wanted:].clone(), (scale, softcap)
+        layer.queries, layer.manner = whole[:, :, -self.wanted :].clone(), (scale, softcap)
+        return None
 
     @torch.no_grad()
-    def _evict(self, layer: EvictLayer, index: int, q: Tensor, scale: float, softcap: float | None) -> None:
+    def _evict(self, layer: EvictLayer, index: int, q: Tensor, scale: float, softcap: float | None, attend: bool = False) -> Tensor | None:
         at = self.layers.index(index)
-        keep = self.method.choose(Read(q, layer.keys, layer.values, scale, at, len(self.layers), layer.lengths, softcap))
+        read = Read(q, layer.keys, layer.values, scale, at, len(self.layers), layer.lengths, softcap, attend=attend)
+        keep = self.method.choose(read)
         if self.record:
             self._note(at, *keep, layer.keys)
         layer.keep(*keep)
+        return None if read.attended is None else read.attended.flatten(1, 2)
 
     def _note(self, at: int, index: Tensor | None, slots: Tensor | None, keys: Tensor) -> None:
         if index is None:
@@ -190,12 +198,22 @@ def _function(base: str) -> Callable[..., Any]:
         layer = cache.layers[module.layer_idx] if cache else None
         if not isinstance(layer, EvictLayer):
             return stock(module, query, key, value, attention_mask, *args, **kwargs)
-        mask = layer.mask(query, attention_mask, base == "eager")
-        out = stock(module, query, key, value, mask, *args, **kwargs)
-        if not layer.read:
-            scale = kwargs.get("scaling")
-            owner._read(layer, module.layer_idx, query, query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap"))
-        return out
+        if layer.read:
+            return stock(module, query, key, value, layer.mask(query, attention_mask, base == "eager"), *args, **kwargs)
+        scale = kwargs.get("scaling")
+        manner = query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap")
+        whole = base == "sdpa" and attention_mask is None and query.shape[2] == layer.seen and not query.requires_grad
+        if not whole or owner.chunked:
+            out = stock(module, query, key, value, attention_mask, *args, **kwargs)
+            owner._read(layer, module.layer_idx, query, *manner)
+            return out
+        last = owner._read(layer, module.layer_idx, query, *manner, attend=True)
+        if last is None:
+            return stock(module, query, key, value, None, *args, **kwargs)
+        if not (n := query.shape[2] - last.shape[2]):
+            return last.transpose(1, 2), None
+        first, weights = stock(module, query[:, :, :n], key[:, :, :n], value[:, :, :n], None, *args, **kwargs)
+        return torch.cat([first, last.transpose(1, 2)], 1), weights
 
     return attend
 

@@ -5,6 +5,7 @@ Tokens that must stay score infinity. `keep` is a share of the real tokens of ea
 per layer (a list) or per layer and key-value head (a list of lists). Protected tokens count.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -15,7 +16,18 @@ from torch import Tensor
 
 from modelwright.core.errors import UserError
 
-_ON_CPU, _ELSEWHERE = 1 << 20, 1 << 27  # attention weights at a time: few, for the processor's cache, but in matrices of 32 queries or more
+_ON_CPU, _ELSEWHERE = 1 << 19, 1 << 27  # attention weights at a time: few, for the processor's cache, but in matrices of 32 queries or more
+
+
+def highest(score: Tensor, counts: Tensor) -> Tensor:
+    """Which columns of score (B, G, T) are the `counts` (B or 1, G or 1, 1) highest of their row; of equal ones the first. (B, G, T)."""
+    score = score.masked_fill(score.isnan(), -torch.inf)
+    if (n := int(counts.max())) == int(counts.min()):
+        least = score.kthvalue(score.shape[2] - n + 1, keepdim=True).values
+    else:
+        least = score.sort(descending=True).values.gather(2, (counts - 1).expand(*score.shape[:2], 1))
+    above, equal = score > least, score == least
+    return above | equal & (equal.cumsum(2) <= counts - above.sum(2, keepdim=True))
 
 
 @dataclass
@@ -32,6 +44,8 @@ class Read:
     softcap: float | None = None
     block: int | None = None  # queries at a time; None: by what a processor's cache holds
     counts: np.ndarray = field(default_factory=lambda: np.zeros((1, 1), int))  # (B or 1, G or 1) tokens to keep
+    attend: bool = False  # whether `received` is to leave what its queries attend to,
+    attended: Tensor | None = None  # (B, G, H / G, queries, d): attention has them in hand, and need not compute them again
 
     @property
     def real(self) -> np.ndarray:
@@ -55,25 +69,31 @@ class Read:
     def received(self, queries: np.ndarray | int, causal: bool = True) -> Tensor:
         """Attention that each token gets from the last `queries` ones (a number, or one per row and head), summed over them and over
         the heads of a group: (B, G, T)."""
-        (B, H, w, d), (G, T) = self.q.shape, self.k.shape[1:3]
+        (B, H, w, d), (G, T), device = self.q.shape, self.k.shape[1:3], self.k.device
         wanted = np.minimum(np.atleast_2d(queries), np.minimum(self.real, w))  # a padded query sees nothing
-        out = torch.zeros(B, G, T, dtype=torch.float32, device=self.k.device)
-        least = torch.finfo(torch.float32).min
-        step = self.block or max(32, (_ON_CPU if out.device.type == "cpu" else _ELSEWHERE) // (B * H * T))
-        for at in range(T - int(wanted.max()), T, step):  # the position of the first query of a block of b
-            to = min(at + step, T)
-            seen = to if causal else T
-            q = (self.q[:, :, at - T + w : to - T + w] * self.scale).reshape(B, G, -1, d)  # (B, G, g b, d)
+        most, g = int(wanted.max()), H // G
+        out, least = torch.zeros(B, G, T, device=device), torch.finfo(torch.float32).min
+        if self.attend and causal:
+            self.attended = self.q.new_empty(B, G, g, most, d)
+        step = self.block or max(32, (_ON_CPU if device.type == "cpu" else _ELSEWHERE) // (B * H * T))
+        ahead = torch.ones(step, step, dtype=torch.bool, device=device).triu(1)
+        for at in range(T - most, T, step):  # the position of the first query of a block of b
+            b = min(step, T - at)
+            seen = at + b if causal else T
+            q = (self.q[:, :, at - T + w : at + b - T + w] * self.scale).reshape(B, G, g * b, d)
             s = (q @ self.k[:, :, :seen].transpose(2, 3)).float()  # (B, G, g b, seen)
             if self.softcap:
                 s = torch.tanh(s / self.softcap) * self.softcap
             if causal:
-                ahead = torch.ones(to - at, to - at, dtype=torch.bool, device=s.device).triu(1)
-                s[..., at:].masked_fill_(ahead.repeat(H // G, 1), least)
+                s.view(B, G, g, b, seen)[..., at:].masked_fill_(ahead[:b, :b], least)
             if self.lengths:
                 s.masked_fill_(self.place[..., None, :seen] < 0, least)
-            counted = (torch.arange(at, to, device=s.device) >= T - self.tensor(wanted)).float().repeat(1, 1, H // G)
-            out[..., :seen] += (counted.expand(B, G, -1)[:, :, None] @ torch.softmax(s, -1, out=s))[:, :, 0]
+            p = torch.softmax(s, -1, out=s)
+            counted = torch.arange(at, at + b, device=device) >= T - self.tensor(wanted)  # (B or 1, G or 1, b)
+            out[..., :seen] += (counted.float().repeat(1, 1, g).expand(B, G, -1)[:, :, None] @ p)[:, :, 0]
+            if self.attended is not None:
+                y = p.to(self.v.dtype) @ self.v[:, :, :seen]
+                self.attended[..., at - T + most : at + b - T + most, :] = y.view(B, G, g, b, d)
         return out
 
     def noise(self, seed: int) -> Tensor:
@@ -86,7 +106,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(ABC):
     """The budget that all methods share."""
 
     keep: Any = 0.5
@@ -134,9 +154,9 @@ class Method:
         """How many tokens are sure to stay: (B or 1, G or 1)."""
         return 0
 
+    @abstractmethod
     def score(self, read: Read) -> Tensor:
         """(B, G, T): the higher, the sooner kept."""
-        raise NotImplementedError
 
     def choose(self, read: Read) -> tuple[Tensor | None, Tensor | None]:
         """Positions to keep (B, G, n) in ascending order and which of them are real (B, G, n); None: all of them.
@@ -157,11 +177,10 @@ class Method:
         score = self.score(read).expand(B, G, T)
         if read.lengths:
             score = score.masked_fill(read.place < 0, -torch.inf)
+        kept = highest(score, read.tensor(counts))
+        columns = kept.nonzero()[:, 2]  # row by row, ascending
         n = int(counts.max())
-        index = score.argsort(dim=-1, descending=True, stable=True)[..., :n]  # stable: equal scores fall alike in any batch
         if (counts == n).all():
-            return index.sort(-1).values, None
-        spare = torch.arange(n, device=index.device) >= read.tensor(counts)
-        index = index.masked_fill(spare, T).sort(-1).values
-        slots = index < T
-        return index.clamp(max=T - 1), slots
+            return columns.view(B, G, n), None
+        slots = (torch.arange(n, device=score.device) < read.tensor(counts)).expand(B, G, n)
+        return columns.new_full((B, G, n), T - 1).masked_scatter_(slots, columns), slots

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelwright.cache.method import Method, Read
+from modelwright.cache.method import Method, Read, highest
 from modelwright.core.errors import UserError
 
 # budget -> protected, proxies that are not protected, kept by the proxies, drawn at random; in % of the prompt
@@ -100,9 +100,7 @@ class NACL(Method):
         if read.lengths:
             F = F.masked_fill(read.place < 0, -torch.inf)
         F = F.masked_fill(read.ends(first, last), torch.inf)
-        best = F.argsort(dim=-1, descending=True, stable=True)[..., : int((first + last + chosen).max())]
-        sure = torch.arange(best.shape[-1], device=F.device) < read.tensor(first + last + chosen)
-        top = torch.zeros_like(F, dtype=torch.bool).scatter_(2, best, sure.expand_as(best))
+        top = highest(F, read.tensor(first + last + chosen))
         return torch.where(top, torch.inf, F - torch.log(-torch.log(read.noise(self.seed))))
 
 
