@@ -52,7 +52,7 @@ def main() -> None:
         name, settings = ARMS[arm]
         knobs = Train(tokens=a.tokens, lr=lr, batch=8, context=CONTEXT, eval_every=20, save_every=10**6, record=False)
         with tempfile.TemporaryDirectory() as folder:
-            made = registry.techniques(name, settings)
+            made = registry.techniques_named(name, settings)
             o = fit(source.model(), train, knobs, techniques=made, evals=evals, folder=Path(folder), seed=seed)
         path = [[n["loss"], old["loss"]] for n, old in zip(o.evals[::2], o.evals[1::2], strict=True)]
         return {"path": path, "leak": o.facts.get("migu", {}).get("leak")}

@@ -39,7 +39,7 @@ def steps(of, rows: Rows, train: Train, name: str, settings: dict) -> tuple[list
     """CPU seconds of each step, and bytes of the optimizer's state as saved."""
     marks: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        techniques = registry.techniques(name, settings)
+        techniques = registry.techniques_named(name, settings)
         fit(
             of,
             rows,

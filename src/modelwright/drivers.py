@@ -25,11 +25,11 @@ from modelwright.core.training import fit
 from modelwright.core.writer import Blueprint, Built, staging, write_model, write_tensors
 from modelwright.moe.watch import domain_plot, watch
 from modelwright.recipe import Step
-from modelwright.runner import Run
+from modelwright.runner import Run, with_dataset
 
 
 def reshape(r: Run, step: Step, folder: Path) -> dict[str, Any]:
-    save, knobs = r.recipe.save, _with_dataset(r, step.knobs)
+    save, knobs = r.recipe.save, with_dataset(r, step.knobs)
     source = Checkpoint(r.checkpoint) if r.checkpoint and "checkpoint" in step.entry.takes else None
     if source:
         text.check_vocabulary(source.tokenizer(), int(source.hf_config.get_text_config().vocab_size), source.folder)
@@ -63,17 +63,8 @@ def _bytes(made: Blueprint) -> dict[str, int]:
     return {n: math.prod(s) * made.dtypes[n].itemsize for n, s in disk_shapes(config_of(made.config)).items()}
 
 
-def techniques_of(step: Step, rounds: int = 0) -> list[Technique]:
-    """The techniques of a step: one, or those that tune.mix names."""
-    several = registry.mixed(step.knobs) if step.entry.name == "tune.mix" else [(step.entry, step.knobs)]
-    found = [registry.load(e)(k) for e, k in several]
-    for t in found:
-        t.round = rounds
-    return found
-
-
 def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
-    step = replace(step, knobs=_with_dataset(r, step.knobs))
+    step = replace(step, knobs=with_dataset(r, step.knobs))
     assert r.checkpoint
     source = Checkpoint(r.checkpoint)
     shutil.rmtree(folder / "result", ignore_errors=True)
@@ -93,7 +84,9 @@ def train(
     step: Step, source: Checkpoint, folder: Path, part: Path, seed: int, shard_size: int, rounds: int, tick: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Train and write the plain model into `part`; runs in every process, the first one writes. Returns the step's entry."""
-    knobs, techniques = step.knobs, techniques_of(step, rounds)
+    knobs, techniques = step.knobs, registry.techniques(step.entry, step.knobs)
+    for t in techniques:
+        t.round = rounds
     tokenizer, vocab = source.tokenizer(), int(source.hf_config.get_text_config().vocab_size)
     text.check_vocabulary(tokenizer, vocab, source.folder)
     combine(techniques, surroundings(source.skeleton, knobs.train))
@@ -163,12 +156,6 @@ def _same_when_reloaded(model: Any, saved: Checkpoint) -> float:
     if not drift <= 1e-3:
         raise RuntimeError(f"the saved model differs from the one in memory by {drift:.1e} in its logits")
     return drift
-
-
-def _with_dataset(r: Run, knobs: Any) -> Any:
-    if isinstance(getattr(knobs, "data", None), Data) and not knobs.data.path and r.dataset:
-        return replace(knobs, data=replace(knobs.data, path=str(r.dataset), column=knobs.data.column or "text"))
-    return knobs
 
 
 def calm() -> None:

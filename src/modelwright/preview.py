@@ -10,7 +10,7 @@ from modelwright.core.certificate import Size
 from modelwright.core.checkpoint import Checkpoint, config_of, skeleton
 from modelwright.core.knobs import Data
 from modelwright.core.writer import Blueprint
-from modelwright.drivers import calm, make_rows, techniques_of
+from modelwright.drivers import calm, make_rows
 from modelwright.recipe import Recipe
 
 
@@ -31,7 +31,7 @@ def preview(recipe: Recipe) -> list[dict[str, Any]]:
             fact["first row"] = _excerpt(documents[0])
             if source and hasattr(step.knobs, "train"):
                 vocab = int(source.hf_config.get_text_config().vocab_size)
-                made = techniques_of(step), replace(data, limit=min(50, data.limit or 50))
+                made = registry.techniques(step.entry, step.knobs), replace(data, limit=min(50, data.limit or 50))
                 rows = make_rows(*made, source.tokenizer(), vocab, step.knobs.train, recipe.seed)
                 fact["first tokens"] = rows.ids[0, :12].tolist()
         if step.entry.family == "reshape" and "checkpoint" in step.entry.takes and known:

@@ -237,6 +237,7 @@ ENTRIES = [
         "what a checkpoint loses under each way to evict, on your text and on made tasks",
         "arXiv 2408.03675",
         gives=(),
+        may_take=("dataset",),
     ),
 ]
 FAMILIES = {
@@ -260,6 +261,15 @@ def entry(name: str) -> Entry:
     raise UserError(f"unknown step '{name}'", how=did_you_mean(name, [e.name for e in ENTRIES]))
 
 
+def tuning(name: str) -> Entry:
+    """The way to tune called `name`, with or without its family."""
+    e = entry(name if "." in name else f"tune.{name}")
+    if e.family != "tune":
+        ways = ", ".join(one.name.split(".")[1] for one in ENTRIES if one.name.startswith("tune."))
+        raise UserError(f"{e.name} is no way to tune", "it does not train", f"choose one of {ways}")
+    return e
+
+
 def load(e: Entry) -> Any:
     """Import the method itself (this may import torch)."""
     module, attribute = e.object.split(":")
@@ -278,20 +288,21 @@ def mixed(mix: Any) -> list[tuple[Entry, Any]]:
             raise UserError(
                 f"methods has {item!r}", "each is a way to tune, or one with its settings", "write methods: [hft, lora: {r: 4}]"
             )
-        e = entry(name if "." in name else f"tune.{name}")
-        if e.family != "tune":
-            raise UserError(f"methods has '{name}'", f"{e.name} is no way to tune")
+        e = tuning(name)
         if extra := set(own or {}) & shared.keys():
             raise UserError(f"methods.{name} has {', '.join(sorted(extra))}", "data and training are shared", "give it beside methods")
         found.append((e, dataclasses.replace(build(knobs(e), own or {}, f"methods.{name}"), **shared)))
     return found
 
 
-def techniques(name: str, values: dict[str, Any]) -> list[Any]:
-    """The technique, or the techniques of a mix, called `name` with plain settings; imports them."""
-    e = entry(name if "." in name else f"tune.{name}")
-    made = build(knobs(e), values, e.name)
-    return [load(one)(k) for one, k in (mixed(made) if e.name == "tune.mix" else [(e, made)])]
+def techniques(e: Entry, settings: Any) -> list[Any]:
+    """The technique of a tuning step, or the techniques of a mix; imports them."""
+    return [load(one)(k) for one, k in (mixed(settings) if e.name == "tune.mix" else [(e, settings)])]
+
+
+def techniques_named(name: str, values: dict[str, Any]) -> list[Any]:
+    """The same from a name, with or without its family, and plain settings."""
+    return techniques(e := tuning(name), build(knobs(e), values, e.name))
 
 
 @cache

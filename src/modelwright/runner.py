@@ -12,14 +12,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from modelwright import registry
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job
-from modelwright.core.knobs import paths, plain
+from modelwright.core.knobs import Data, paths, plain
 from modelwright.core.lineage import disk_errors, fingerprint, fingerprint_path, versions, write_json, write_lineage
 from modelwright.core.progress import Progress, Silent
 from modelwright.core.report import Report
@@ -196,6 +196,13 @@ def _driver(family: str) -> Callable[[Run, Step, Path], dict[str, Any]]:
     return drivers.OF[family]
 
 
+def with_dataset(r: Run, knobs: Any) -> Any:
+    """A step's knobs, reading what an earlier step curated where they name no data."""
+    if isinstance(getattr(knobs, "data", None), Data) and not knobs.data.path and r.dataset:
+        return replace(knobs, data=replace(knobs.data, path=str(r.dataset), column=knobs.data.column or "text"))
+    return knobs
+
+
 def _curate(r: Run, step: Step, folder: Path) -> dict[str, Any]:
     with r.progress.task(step.entry.name):
         return {"facts": registry.load(step.entry)(step.knobs, folder, r.recipe.seed)}
@@ -209,7 +216,8 @@ def _measure(r: Run, step: Step, folder: Path) -> dict[str, Any]:
 
         calm()
         source = Checkpoint(r.checkpoint)
-    found: Finding = registry.load(step.entry)(step.knobs, Job(folder, r.recipe.seed, r.progress, source, registry.techniques))
+    job = Job(folder, r.recipe.seed, r.progress, source, registry.techniques_named)
+    found: Finding = registry.load(step.entry)(with_dataset(r, step.knobs), job)
     return {f.name: getattr(found, f.name) for f in fields(found)}
 
 
@@ -223,7 +231,7 @@ def _inputs(step: Step, r: Run) -> dict[str, str]:
         from modelwright.core.checkpoint import Checkpoint
 
         found["checkpoint"] = Checkpoint(r.checkpoint).fingerprint()
-    if r.dataset and "dataset" in step.entry.takes:
+    if r.dataset and "dataset" in (*step.entry.takes, *step.entry.may_take):
         found["dataset"] = fingerprint(r.dataset)
     return found
 

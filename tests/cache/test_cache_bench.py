@@ -11,6 +11,8 @@ from families import model_of
 from modelwright.cache.measure import continued
 from modelwright.cache.nacl import NACL
 from modelwright.core.errors import UserError
+from modelwright.recipe import parse
+from modelwright.runner import run_recipe
 
 
 def test_the_continuation_s_loss_is_the_model_s_own_without_eviction() -> None:
@@ -54,3 +56,13 @@ def test_bad_input_is_refused(tiny, tmp_path: Path) -> None:  # noqa: ANN001
     (tmp_path / "short.jsonl").write_text(json.dumps({"input_ids": [5] * 30}) + "\n")
     with pytest.raises(UserError, match="the text has no 512 tokens"):
         modelwright.run("cache.bench", base=tiny("llama"), data=str(tmp_path / "short.jsonl"))
+
+
+def test_it_reads_what_an_earlier_step_curated(stories: Path, tmp_path: Path) -> None:
+    steps = [
+        {"curate.stdlib": {"parts": ["docstrings"], "characters": 20_000}},
+        {"cache.bench": {"methods": ["random"], "keep": [0.5], "context": 64, "continuation": 8, "rows": 2}},
+    ]
+    found = run_recipe(parse({"base": str(stories), "steps": steps, "save": {"to": str(tmp_path / "out")}}))
+    assert found.steps[1]["metrics"]["rows"][0]["nll"] > 0
+    assert found.steps[1]["inputs"].keys() == {"checkpoint", "dataset"}

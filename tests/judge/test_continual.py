@@ -134,9 +134,13 @@ class Stopped(Exception):
 def sequence_of(
     folder: Path, stories: Path, tasks: list[str], tune: str = "full", made: list | None = None, **knobs: Any
 ) -> dict[str, Any]:
+    asked: list[str] = []
+
     def technique(name: str, settings: dict[str, Any]) -> list[Any]:
-        found = registry.techniques(name, settings)
-        (made if made is not None else []).append(found)
+        found = registry.techniques_named(name, settings)
+        if asked:  # the first ones are only looked at, to refuse them early
+            (made if made is not None else []).append(found)
+        asked.append(name)
         return found
 
     settings = Knobs(**{"tasks": tasks, "tune": tune, "train": TRAIN} | knobs)
@@ -222,13 +226,31 @@ def test_two_tasks_of_one_name_are_two_tasks(stories: Path, tasks: list[str], tm
     assert [both.accuracy(t) for t in found] == want
 
 
+@pytest.mark.parametrize(
+    ("tune", "settings", "why"),
+    [
+        ("reshape.fresh", {}, "reshape.fresh is no way to tune"),
+        ("hftt", {}, "unknown step 'tune.hftt'"),
+        ("hft", {"nonsense": 1}, "nonsense"),
+        ("c_rlft", {}, "tune=c_rlft cannot learn a task"),
+        ("mix", {"methods": ["hft", "lora"]}, "hft does not work with adapters"),
+    ],
+)
+def test_what_cannot_tune_is_refused_before_anything_is_measured(
+    tune: str, settings: dict[str, Any], why: str, stories: Path, tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learner, "accuracy", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(UserError, match=why):
+        sequence_of(tmp_path / "a", stories, tasks, tune, settings=settings)
+
+
 def test_sentences_longer_than_the_context_lose_their_end_never_the_label_and_are_counted(
     stories: Path, tasks: list[str], tmp_path: Path
 ) -> None:
     rows = [{"sentence": "word " * n, "label": "Good"} for n in (2, 2, 200)]
     long = _json(tmp_path, {"train": rows, "test": rows[1:], "labels": ["Good", "Bad"]})
     (tmp_path / "a").mkdir()
-    job = Job(tmp_path / "a", source=Checkpoint(stories), technique=registry.techniques)
+    job = Job(tmp_path / "a", source=Checkpoint(stories), technique=registry.techniques_named)
     finding = continual(Knobs(tasks=[str(long), tasks[1]], train=replace(TRAIN, context=64)), job)
     assert finding.metrics["full"]["cut"][0] == {"train": 1, "test": 1}
     assert finding.tables[1]["rows"][0] == ["full", "some", 1, 1]

@@ -196,6 +196,7 @@ def train_sequence(knobs: Knobs, job: Job) -> Run:
     done = json.loads(state.read_text()) if state.is_file() else {"a": [], "start": None, "cut": []}
     if len(done["a"]) < len(tasks):
         learner = sequence.Learner(job.source, knobs.train, job.folder, len(done["a"]))
+        learner.refuse(job.technique(knobs.tune, knobs.settings), job.source)
         if knobs.untrained and done["start"] is None:
             done["start"] = [learner.accuracy(t) for t in tasks]
         for i in range(len(done["a"]), len(tasks)):

@@ -11,7 +11,7 @@ from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.packing import Texts, padded
-from modelwright.core.technique import LossTerm, overrides
+from modelwright.core.technique import LossTerm, combine, overrides, surroundings
 from modelwright.core.text import Rows, collate
 from modelwright.core.trainer import forward
 from modelwright.core.training import fit
@@ -26,6 +26,12 @@ class Learner:
         self.model = (Checkpoint(self._kept(done - 1)) if done else source).model(torch.float32)
         self._seen: dict[int, tuple[Any, Rows]] = {}  # two tasks may have one name
 
+    def refuse(self, techniques: list[Any], source: Checkpoint) -> None:
+        """UserError if these cannot learn a sequence, before anything is measured."""
+        if own := next((t.name for t in techniques if overrides(t, "rows")), None):
+            raise UserError(f"tune={own} cannot learn a task", "it makes its own rows, and the runner makes them here", "choose another")
+        combine(techniques, surroundings(source.skeleton, self.train))
+
     def _kept(self, i: int) -> Path:
         return self.folder / f"after-{i}"
 
@@ -36,10 +42,6 @@ class Learner:
         """Train on one task; the answer alone is learnt. Returns how many sentences were cut."""
         rows, train = self.rows([(r["sentence"], r["label"]) for r in task.train]), self.train
         for t in techniques:
-            if overrides(t, "rows"):
-                raise UserError(
-                    f"tune={t.name} cannot learn a task", "it makes its own rows, and the runner makes them here", "choose another"
-                )
             t.round, t.first_task = i, i == 0
             train = t.settings(rows, train)
         out = fit(self.model, rows, train, techniques=techniques, evals={}, folder=self._run(i), seed=seed + i, tick=tick)
