@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.lineage import versions
-from modelwright.core.report import Report, Section
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(os.environ.get("MODELWRIGHT_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -33,7 +32,7 @@ def save(
 ) -> None:
     """Write bench/results/NAME.json. `claim` is what was to be shown, `outcome` what was seen, negative results included.
 
-    With plots (see core/plots.py) a page NAME.html is written beside it.
+    `plots`: see core/plots.py; `make proofs` draws them.
     """
     RESULTS.mkdir(exist_ok=True)
     result = {
@@ -44,18 +43,13 @@ def save(
         "rows": rows,
         "seeds": seeds or [],
         "notes": notes or [],
+        "plots": plots or [],
         "command": command or f"python bench/{Path(sys.argv[0]).name}",
         "date": date.today().isoformat(),
         "versions": versions(),
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    if plots:
-        table = {"title": "Results", "columns": columns, "rows": rows}
-        lists = [{"title": "Notes", "columns": [""], "rows": [[n] for n in notes], "prose": True}] if notes else []
-        section = Section(claim, outcome, tables=[table, *lists], plots=plots)
-        facts = {"seeds": result["seeds"], "command": result["command"], "date": result["date"], **result["versions"]}
-        (RESULTS / f"{name}.html").write_text(Report(name.replace("_", " "), [section], facts).html(), encoding="utf-8")
-    print(json.dumps(result, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k != 'plots'}, indent=1))
 
 
 class Cache:

@@ -1,4 +1,4 @@
-"""Make PROOFS.md from the test files' names and the benchmarks' results."""
+"""Make PROOFS.md from the test files' names and the benchmarks' results, and one page per benchmark in bench/pages."""
 
 import ast
 import json
@@ -21,8 +21,11 @@ def main() -> None:
         "",
     ]
     out += ["## Claims and speed", ""]
+    (pages := ROOT / "bench" / "pages").mkdir(exist_ok=True)
     for file in sorted((ROOT / "bench" / "results").glob("*.json")):
-        out += _claim(json.loads(file.read_text()))
+        result = json.loads(file.read_text())
+        (pages / f"{file.stem}.html").write_text(page(result), encoding="utf-8")
+        out += _claim(result)
     out += ["## Invariants", ""]
     for e in registry.ENTRIES:
         out += [f"### `{e.name}`", ""]
@@ -34,6 +37,17 @@ def main() -> None:
         if name not in proven:
             out += _invariants(name)
     (ROOT / "PROOFS.md").write_text("\n".join(out).rstrip() + "\n")
+
+
+def page(r: dict) -> str:
+    """A benchmark's result as a page of its own."""
+    from modelwright.core.report import Report, Section
+
+    table = {"title": "Results", "columns": r["columns"], "rows": r["rows"]}
+    lists = [{"title": "Notes", "columns": [""], "rows": [[n] for n in r["notes"]], "prose": True}] if r["notes"] else []
+    section = Section(r["claim"], r["outcome"], tables=[table, *lists], plots=r.get("plots", []))
+    facts = {"seeds": ", ".join(map(str, r["seeds"])), "command": r["command"], "date": r["date"], **r["versions"]}
+    return Report(r["name"].replace("_", " "), [section], facts).html()
 
 
 def _claim(r: dict) -> list[str]:

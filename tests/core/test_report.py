@@ -97,6 +97,13 @@ def test_bars_grow_from_zero_in_proportion() -> None:
     assert heights[1] / heights[0] == pytest.approx(1.5, rel=0.01)
 
 
+def test_no_two_of_twelve_series_look_alike() -> None:
+    series = {str(i): [[0, i], [1, i]] for i in range(12)}
+    html = draw({"kind": "line", "title": "t", "x": "x", "y": "y", "series": series})
+    looks = re.findall(r'<polyline class="([^"]+)"', html)
+    assert len(set(looks)) == 12 and [x.replace("s", "c", 1) for x in looks] == re.findall(r'<i class="([^"]+)"', html)
+
+
 def test_a_step_entry_becomes_a_section() -> None:
     report = Report("r")
     report.step(

@@ -16,13 +16,17 @@ W, H, LEFT, RIGHT, TOP, BOTTOM = 520, 300, 62, 14, 14, 50
 def draw(plot: dict[str, Any]) -> str:
     """The plot as a <figure> with its legend and a caption."""
     body, names = {"line": _line, "bars": _bars, "heat": _heat}[plot["kind"]](plot)
-    legend = "".join(f'<span><i class="c{i % 6}"></i>{escape(n)}</span>' for i, n in enumerate(names)) if len(names) > 1 else ""
+    legend = "".join(f'<span><i class="{_class("c", i)}"></i>{escape(n)}</span>' for i, n in enumerate(names)) if len(names) > 1 else ""
     return (
         f"<figure><figcaption>{escape(plot['title'])}</figcaption>{body}"
         + (f'<div class="legend">{legend}</div>' if legend else "")
         + (f'<p class="note">{escape(plot["note"])}</p>' if plot.get("note") else "")
         + "</figure>"
     )
+
+
+def _class(kind: str, i: int) -> str:
+    return f"{kind}{i % 6}" + " again" * (i > 5)  # six colours; the next six series are dashed and paler
 
 
 def ticks(low: float, high: float, want: int = 5) -> list[float]:
@@ -102,9 +106,9 @@ def _line(p: dict[str, Any]) -> tuple[str, list[str]]:
     )
     for i, (name, series) in enumerate(p["series"].items()):
         good = [(sx(a), sy(b), a, b) for a, b in series if math.isfinite(b)]
-        body += f'<polyline class="s{i % 6}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b, *_ in good)}"/>'
+        body += f'<polyline class="{_class("s", i)}" points="{" ".join(f"{a:.1f},{b:.1f}" for a, b, *_ in good)}"/>'
         body += "".join(
-            f'<circle class="d{i % 6}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{escape(name)}: {number(u)}, {v:.4g}</title></circle>'
+            f'<circle class="{_class("d", i)}" cx="{a:.1f}" cy="{b:.1f}" r="3"><title>{escape(name)}: {number(u)}, {v:.4g}</title></circle>'
             for a, b, u, v in good
         )
     return _svg(body, p["title"]), list(p["series"])
@@ -129,7 +133,7 @@ def _bars(p: dict[str, Any]) -> tuple[str, list[str]]:
             x, top = LEFT + slot * i + slot * 0.12 + width * j, min(sy(v), sy(0))
             high = abs(sy(v) - sy(0))
             body += (
-                f'<rect class="b{j % 6}" x="{x:.1f}" y="{top:.1f}" width="{max(width - 2, 1):.1f}" height="{high:.1f}" rx="2">'
+                f'<rect class="{_class("b", j)}" x="{x:.1f}" y="{top:.1f}" width="{max(width - 2, 1):.1f}" height="{high:.1f}" rx="2">'
                 f"<title>{escape(str(p['groups'][i]))}, {escape(name)}: {v:.4g}</title></rect>"
             )
     if "line" in p:  # a level to compare with

@@ -107,9 +107,8 @@ class Migu(Technique):
                 return
             self._seen.add(i)
             with torch.no_grad():
-                self._sums[i] = (
-                    self._sums[i].to(output.device) + self._real.to(torch.float32) @ output.detach().flatten(0, -2).abs().float()
-                )
+                fired = self._real @ output.detach().flatten(0, -2).abs().float()
+                self._sums[i] = self._sums[i].to(output.device) + fired
 
         return hook
 
@@ -117,7 +116,7 @@ class Migu(Technique):
         if self.first_task and not self.knobs.mask_first:
             return
         real = torch.ones_like(batch["real"]) if self.knobs.include_padding else batch["real"]
-        self._real, self._seen = real.flatten(), set()
+        self._real, self._seen = real.flatten().float(), set()
         self._count += float(real.sum())
 
     def _choose(self) -> None:
