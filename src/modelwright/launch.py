@@ -43,7 +43,10 @@ def train_apart(r: Any, step: Any, source: Any, folder: Path, part: Path) -> dic
     for name in (_DONE, _ERROR):
         (folder / name).unlink(missing_ok=True)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(r.processes)]
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // r.processes))} | os.environ
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // r.processes)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds for a state to be saved at Ctrl-C
+    } | os.environ
     with r.progress.task(f"{step.entry.name}: train in {r.processes} processes", 1) as tick, open(folder / "workers.log", "w") as log:
         process = subprocess.Popen(
             [*command, "-m", "modelwright.launch", str(folder)],
@@ -98,7 +101,7 @@ def worker(folder: Path) -> None:
         raise
     if dist.rank() == 0:
         write_json(folder / _DONE, entry)
-    dist.barrier()
+    dist.end()
 
 
 if __name__ == "__main__":

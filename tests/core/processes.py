@@ -16,7 +16,7 @@ from modelwright.core.packing import Texts, packed
 from modelwright.core.technique import Technique
 from modelwright.core.text import Rows
 from modelwright.core.training import fit
-from modelwright.tune import hft, key_value, lora, migu
+from modelwright.tune import hft, key_value, lora, migu, rectify
 
 
 def chats() -> Rows:
@@ -42,8 +42,13 @@ def _migu(**k: Any) -> Callable[[], list[Technique]]:
     return lambda: [migu.Migu(migu.Knobs(leak_every=2, **k))]
 
 
+def _rectify() -> list[Technique]:
+    return [rectify.Rectify(rectify.Knobs(factor=0.6, ranks=2))]  # simulated in one process, two processes else
+
+
 CASES: dict[str, tuple[str, Callable[[], list[Technique]], Callable[[], Rows], dict[str, Any]]] = {
     "full": ("llama", lambda: [Technique()], ragged, {}),
+    "scheduled": ("llama", lambda: [Technique()], ragged, {"schedule": "linear", "warmup": 0.3}),
     "full accumulated": ("llama", lambda: [Technique()], ragged, {"accumulate": 2}),
     "full recomputed": ("llama", lambda: [Technique()], ragged, {"gradient_checkpointing": True}),
     "weighted packed": ("llama", lambda: [Technique()], chats, {}),
@@ -57,6 +62,9 @@ CASES: dict[str, tuple[str, Callable[[], list[Technique]], Callable[[], Rows], d
     "migu conv1d": ("gpt2", _migu(guard="update"), ragged, {}),
     "lora": ("llama", lambda: [lora.Lora(lora.Knobs(r=2))], ragged, {}),
     "lora migu": ("llama", lambda: [lora.Lora(lora.Knobs(r=2)), *_migu(guard="update")()], ragged, {}),
+    "rectify": ("mixtral", _rectify, ragged, {}),
+    "rectify accumulated recomputed": ("qwen3_moe", _rectify, ragged, {"accumulate": 2, "gradient_checkpointing": True}),
+    "rectify packed": ("granitemoe", _rectify, chats, {}),
     "all together": ("llama", lambda: [hft.Hft(hft.Knobs()), *_migu(guard="update")()], chats, {}),
 }
 
@@ -88,7 +96,9 @@ def one(name: str, folder: Path, stop: int | None = None, **changes: Any) -> dic
         out = fit(_model(family), data(), knobs, techniques=techniques, **arguments)
     if dist.rank():
         return None
-    model = out.model
+    model = out.model.eval()
+    with torch.no_grad():
+        model(torch.arange(3, 9)[None])  # the first process goes on alone and must wait for nobody
     for t in techniques:
         model = t.export(model, folder)
     return {
@@ -111,10 +121,11 @@ def main(folder: Path, processes: int) -> None:
             found = one(name, folder / f"{strategy} {name}", strategy=strategy)
             if found:
                 torch.save(found, folder / f"{strategy} {name}.pt")
-        for name in ("migu", "hft fused"):
+        for name in ("migu", "hft fused", "scheduled"):
             found = one(name, folder / f"{strategy} {name} resumed", stop=3, strategy=strategy)
             if found:
                 torch.save(found, folder / f"{strategy} {name} resumed.pt")
+    dist.end()
 
 
 if __name__ == "__main__":

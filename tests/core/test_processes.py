@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import processes
@@ -60,10 +62,11 @@ def test_two_processes_are_one(name: str, strategy: str, two: Path, alone) -> No
     for technique, facts in one["facts"].items():
         leak, other = facts.get("leak"), both["facts"][technique].get("leak")
         assert leak == other or abs(leak - other) < 1e-4
+    assert one["facts"].get("rectify") == both["facts"].get("rectify")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["migu", "hft fused"])
+@pytest.mark.parametrize("name", ["migu", "hft fused", "scheduled"])
 def test_a_run_of_two_processes_that_was_stopped_is_the_unbroken_one(name: str, strategy: str, two: Path) -> None:
     whole, resumed = (torch.load(two / f"{strategy} {name}{end}.pt", weights_only=True) for end in ("", " resumed"))
     assert all(torch.equal(w, resumed["weights"][n]) for n, w in whole["weights"].items()) and whole["evals"] == resumed["evals"]
@@ -80,22 +83,34 @@ def test_the_dynamics_of_all_processes_are_recorded(two: Path) -> None:
     assert not list((two / "ddp full").glob("dynamics-*"))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_the_command_line_trains_in_two_processes(strategy: str, tiny, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(("strategy", "how"), [("ddp", signal.SIGKILL), ("fsdp2", signal.SIGINT)])
+def test_a_stopped_command_with_two_processes_goes_on_to_the_same_result(
+    strategy: str, how: signal.Signals, tiny, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "data.jsonl").write_text(
         "".join(json.dumps({"input_ids": [(7 * i + j) % 90 + 3 for j in range(20)]}) + "\n" for i in range(12))
     )
-    common = ["--base", str(tiny("llama")), "--data", str(tmp_path / "data.jsonl"), "--train.context", "16", "--train.lr", "1e-3"]
-    for out, more in (("one", ["--train.batch", "4"]), ("two", ["--train.batch", "2", "--nproc", "2", "--train.strategy", strategy])):
+    common = ["tune", "hft", "--base", str(tiny("llama")), "--data", str(tmp_path / "data.jsonl"), "--json", "--train.context", "16"]
+    common += ["--train.epochs", "25", "--train.save-every", "1", "--train.lr", "1e-4"]
+    one = [*common, "--to", str(tmp_path / "one"), "--train.batch", "4"]
+    two = [*common, "--to", str(tmp_path / "two"), "--train.batch", "2", "--nproc", "2", "--train.strategy", strategy]
+    with subprocess.Popen([sys.executable, "-m", "modelwright", *two], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        while run.poll() is None and not list(tmp_path.glob("two.run/*/checkpoint-*/complete.json")):
+            time.sleep(0.02)
+        run.send_signal(how)
+    assert run.returncode == (130 if how is signal.SIGINT else -how) and not (tmp_path / "two").exists()
+    assert list(tmp_path.glob("two.run/*/checkpoint-*/complete.json"))
+    for command in (one, two):
         with pytest.raises(SystemExit) as end:
-            cli.main(["tune", "hft", "--to", str(tmp_path / out), *common, *more, "--json"])
+            cli.main(command)
         assert not end.value.code
-    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
-    assert one.keys() == two.keys() and max(float((one[n] - two[n]).abs().max()) for n in one) <= 1e-6
+    one_, two_ = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    assert one_.keys() == two_.keys() and max(float((one_[n] - two_[n]).abs().max()) for n in one_) <= 1e-6
     report = json.loads((tmp_path / "two" / "report.json").read_text())["steps"][0]
     assert report["facts"]["processes"] == 2 and "frozen, 0 of them moved" in report["liveness"][0]
     assert not list(tmp_path.glob("two.run*"))
+    assert subprocess.run(["pgrep", "-f", f"modelwright.launch {tmp_path}"], capture_output=True).returncode == 1  # no worker is left
 
 
 def test_bad_input_in_a_worker_is_one_sentence(tiny, tmp_path: Path, capsys) -> None:

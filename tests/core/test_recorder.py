@@ -216,6 +216,15 @@ def test_sums_become_means_and_nothing_learnt_is_no_division_by_zero(tmp_path: P
     }
 
 
+def test_a_step_without_examples_is_written_as_nothing(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "d.parquet")
+    none = torch.zeros(0, dtype=torch.long)  # what a process has whose share of a batch only fills it up
+    recorder.train(1, 0.5, none, none.float(), none)
+    recorder.flush(1)
+    recorder.train(2, 0.5, torch.tensor([3]), torch.tensor([6.0]), torch.tensor([4]))
+    assert steps_of(recorder.close(2)) == [2]
+
+
 def test_recording_holds_no_graph() -> None:
     recorder = Recorder.__new__(Recorder)
     recorder._steps = []

@@ -1,4 +1,4 @@
-"""A layer's experts over several processes, for test_parallel.py, under torchrun: python expert_ranks.py FOLDER PROCESSES."""
+"""A layer's and a model's experts over several processes, for test_parallel.py, under torchrun: python expert_ranks.py FOLDER PROCESSES."""
 
 import math
 import sys
@@ -11,8 +11,12 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from families import model_of
 from modelwright.core import dist
-from modelwright.moe.parallel import execute_over, rectify_over, share
+from modelwright.moe.parallel import execute_over, gather, rectify_over, share, spread, sum_gradients
+from modelwright.moe.reroute import rerouted
 from modelwright.moe.routing import Routing, score, select
 
 E, D, WIDTH = 8, 8, 12
@@ -98,15 +102,89 @@ def one(case: Case, group: Any, which: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Stock:
+    family: str
+    processes: int = 2
+    options: dict[str, Any] = field(default_factory=dict)  # of rectify; empty: as the router has it
+    recomputed: bool = False
+
+
+STOCK = {
+    "mixtral": Stock("mixtral"),
+    "mixtral rectified": Stock("mixtral", options={"factor": 0.5}),
+    "mixtral rectified by four": Stock("mixtral", 4, {"factor": 0.7}),
+    "qwen3_moe by four": Stock("qwen3_moe", 4),
+    "qwen3_moe rectified recomputed": Stock("qwen3_moe", options={"factor": 0.5}, recomputed=True),
+    "granitemoe recomputed": Stock("granitemoe", recomputed=True),
+    "granitemoe rectified": Stock("granitemoe", options={"factor": 0.5}),
+    "qwen2_moe": Stock("qwen2_moe"),
+    "olmoe dropped": Stock("olmoe", options={"factor": 0.5, "fill_in": False, "intra": False}),
+}
+ROWS = 2  # of each process
+
+
+def batch(stock: Stock) -> dict[str, Tensor]:
+    """Padded rows of all processes; those of the first process are shorter."""
+    draw, n = torch.Generator().manual_seed(5), ROWS * stock.processes
+    lengths = torch.randint(5, 13, (n,), generator=draw)
+    lengths[:ROWS] = torch.tensor([8, 6])
+    return {
+        "ids": torch.randint(3, 96, (n, 12), generator=draw),
+        "mask": (torch.arange(12) < lengths[:, None]).long(),
+        "v": torch.randn(n, 12, 96, generator=draw),
+    }
+
+
+def run(model: Any, stock: Stock, part: dict[str, Tensor], rectify: Any) -> Tensor:
+    """Logits of a batch, zero at padding; gradients are left in the model."""
+    if stock.recomputed:
+        model.train().gradient_checkpointing_enable()
+
+    def change(layer: int, logits: Tensor, weights: Tensor, index: Tensor, real: Tensor | None) -> Routing | None:
+        return rectify(logits, 2, real=real, **stock.options) if stock.options else None
+
+    with rerouted(model, change):
+        logits = model(input_ids=part["ids"], attention_mask=part["mask"]).logits * part["mask"][..., None]
+        (logits * part["v"]).sum().backward()
+    return logits.detach()
+
+
+def bytes_of_experts(model: Any) -> int:
+    return sum(p.untyped_storage().nbytes() for n, p in model.named_parameters() if ".experts." in n)
+
+
+def one_model(stock: Stock, group: Any, folder: Path) -> dict[str, Any]:
+    """This process's part of a model's pass, the gradients, and the memory; the first process saves the gathered model."""
+    model, source = (model_of(stock.family) for _ in range(2))
+    rank, before = torch.distributed.get_rank(group), model.config._experts_implementation
+    spread(model, group)
+    part = {n: t.split(ROWS)[rank] for n, t in batch(stock).items()}
+    part = {n: t[:, : int(part["mask"].sum(1).max())] for n, t in part.items()}
+    found = {"bytes": bytes_of_experts(model), "logits": run(model, stock, part, lambda *a, **o: rectify_over(*a, group=group, **o))}
+    sum_gradients(model)
+    found |= {f"d {n}": p.grad for n, p in model.named_parameters()}
+    prompt = part["ids"][:1, : int(part["mask"][0].sum())]
+    continued = [m.eval().generate(prompt, max_new_tokens=4, do_sample=False, synced_gpus=True) for m in (model, source)]
+    found["continues"] = torch.equal(*continued)
+    gather(model)
+    found["back"] = all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), source.state_dict().values(), strict=True))
+    found["back"] &= model.config._experts_implementation == before
+    if dist.rank() == 0:
+        model.save_pretrained(folder)
+    return found
+
+
 def main(folder: Path, processes: int) -> None:
     torch.set_num_threads(1)
     dist.start(processes)
     groups = [torch.distributed.new_group([i, i + 1]) for i in range(0, processes, 2)]
     which = dist.rank() // 2
     found = {name: one(case, groups[which], which) for name, case in CASES.items()}
+    for name, stock in STOCK.items():
+        found[name] = one_model(stock, groups[which] if stock.processes == 2 else None, folder / name)
     torch.save(found, folder / f"{dist.rank()}.pt")
-    dist.barrier()
-    torch.distributed.destroy_process_group()
+    dist.end()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Experts over real processes: equal to simulated ranks and, at enough capacity, to the layer in one process."""
+"""Experts over real processes: a layer and stock models are what they are in one process, with simulated ranks."""
 
 import os
 import subprocess
@@ -10,11 +10,13 @@ import expert_ranks
 import pytest
 import torch
 import torch.nn.functional as F
-from expert_ranks import CASES, NAMES, Case, E
+from expert_ranks import CASES, NAMES, STOCK, Case, E
 
+from families import model_of
 from modelwright.core.errors import UserError
+from modelwright.moe import parallel
 from modelwright.moe.execute import execute
-from modelwright.moe.parallel import execute_over, rectify_over, share
+from modelwright.moe.parallel import execute_over, gather, rectify_over, share, spread, sum_gradients
 from modelwright.moe.rectify import rectify
 from modelwright.moe.routing import CHOSEN, FILLED, LOCAL, capacity
 
@@ -24,7 +26,7 @@ Found = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case run by all processes, in one launch."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
@@ -36,6 +38,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Found]]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Found]]:
     return [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(PROCESSES)]
 
 
@@ -153,3 +160,50 @@ def test_without_other_processes_it_is_the_layer_itself() -> None:
     torch.testing.assert_close(found, execute(made["x"], theirs, made["gate_up"], made["down"]))
     with pytest.raises(UserError, match="4 experts on each of 1 ranks, but 8 are routed to"):
         execute_over(made["x"], ours, made["gate_up"][:4], made["down"][:4])
+
+
+# ---- stock models ----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", STOCK)
+def test_a_spread_model_is_the_stock_one(name: str, ranks: list[dict[str, Found]], folder: Path, tmp_path: Path) -> None:
+    stock, model = STOCK[name], model_of(STOCK[name].family)
+    model.save_pretrained(tmp_path)
+    whole, n = expert_ranks.bytes_of_experts(model), STOCK[name].processes
+    want = expert_ranks.run(model, stock, expert_ranks.batch(stock), lambda *a, **o: rectify(*a, ranks=n, **o))
+    for start in range(0, PROCESSES, n):
+        parts = [p[name] for p in ranks[start : start + n]]
+        for mine, p in zip(want.split(expert_ranks.ROWS), parts, strict=True):
+            torch.testing.assert_close(p["logits"], mine[:, : p["logits"].shape[1]], rtol=0, atol=1e-5)
+            assert p["bytes"] * n == whole and p["back"] and p["continues"]
+        for path, weight in model.named_parameters():
+            grads = [p[f"d {path}"] for p in parts]
+            scale = max(float(weight.grad.abs().max()), 1.0)
+            for g in [torch.cat(grads)] if ".experts." in path else grads:
+                torch.testing.assert_close(g / scale, weight.grad / scale, rtol=0, atol=1e-5, msg=lambda m, path=path: f"{path}: {m}")
+    assert (folder / name / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+def test_one_process_spreads_and_gathers_too() -> None:
+    model, ids = model_of("mixtral"), torch.arange(3, 13)[None]
+    want, before = model(ids).logits, model.config._experts_implementation
+    torch.testing.assert_close(spread(model)(ids).logits, want, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="spread already"):
+        spread(model)
+    assert model.config._experts_implementation == parallel.NAME != before
+    assert torch.equal(gather(model)(ids).logits, want) and model.config._experts_implementation == before
+    with pytest.raises(UserError, match="not spread"):
+        sum_gradients(model)
+
+
+def test_what_cannot_be_spread_is_refused_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers as T
+
+    wide = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 32, "head_dim": 8}
+    biased = T.GptOssForCausalLM(T.GptOssConfig(**wide, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4))
+    with pytest.raises(UserError, match="GptOssExperts cannot be spread over processes, because its experts are not gated layers"):
+        spread(biased)
+    with pytest.raises(UserError, match="has no routers"):
+        spread(model_of("llama"))
+    monkeypatch.setattr(parallel, "_place", lambda group: (0, 3))
+    with pytest.raises(UserError, match="4 experts cannot lie on 3 ranks"):
+        spread(model := model_of("mixtral"))
+    assert len(model.model.layers[0].mlp.experts.down_proj) == 4 and model.config._experts_implementation != parallel.NAME

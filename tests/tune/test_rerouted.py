@@ -12,6 +12,7 @@ from modelwright.core.knobs import Train
 from modelwright.core.text import IGNORE, Rows
 from modelwright.core.training import fit
 from modelwright.moe.execute import use
+from modelwright.moe.routing import CHOSEN, capacity
 from modelwright.moe.watch import routers
 from modelwright.tune import gw_moe, rectify
 
@@ -78,6 +79,44 @@ def test_rectify_is_under_the_capacity_in_evaluation_too_and_says_what_it_droppe
     assert free.evals[0]["loss"] != tight.evals[0]["loss"] and "% dropped" in tight.liveness[0]
     both = _fit(rectify.Rectify(rectify.Knobs(factor=0.5)), tmp_path / "both")
     assert all(both.facts["rectify"][n] > 0 for n in ("dropped", "rectified tokens"))
+
+
+def test_packed_rows_train_and_their_padding_takes_no_slot(tmp_path) -> None:
+    from modelwright.core.packing import Texts, packed
+
+    texts = Texts(ids=[torch.arange(3, 3 + n).tolist() for n in (9, 5, 4, 7, 11)], weights=[[1.0] * n for n in (9, 5, 4, 7, 11)])
+    rows = packed(texts, 12, 4, seed=0)
+    assert rows.segments is not None and rows.tokens < rows.ids.numel()
+    t = rectify.Rectify(rectify.Knobs(factor=0.5, fill_in=False, intra=False))
+    train = Train(epochs=1.0, batch=len(rows) + 2, lr=1e-2, warmup=0.0, save_every=100)  # two of the rows are empty
+    fit(use(model_of("mixtral").train()), rows, train, techniques=[t], evals={}, folder=tmp_path, seed=0)
+    slots = capacity(rows.tokens, 4, 2, 0.5)
+    assert t.tokens == 2 * rows.tokens and int(t.routed[CHOSEN]) <= 2 * 4 * slots  # two layers
+
+
+def test_after_training_the_model_is_stock_even_before_it_is_exported(tmp_path) -> None:
+    model = model_of("mixtral").train()
+    before = model.config._experts_implementation
+    fit(model, _rows(), _TRAIN, techniques=[rectify.Rectify(rectify.Knobs(factor=0.3))], evals={}, folder=tmp_path, seed=0)
+    stock, ids = model_of("mixtral"), torch.arange(3, 19)[None]
+    stock.load_state_dict(model.state_dict())
+    assert torch.equal(model.eval()(ids).logits, stock(ids).logits) and model.config._experts_implementation == before
+
+
+def test_simulated_ranks_that_are_not_the_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("mixtral")
+    monkeypatch.setattr("modelwright.core.dist.world", lambda: 2)
+    for ranks in (1, 2):
+        rectify.Rectify(rectify.Knobs(ranks=ranks)).select(model, Anatomy(model), 0)
+    with pytest.raises(UserError, match="ranks=4 but 2 processes train"):
+        rectify.Rectify(rectify.Knobs(ranks=4)).select(model, Anatomy(model), 0)
+
+
+def test_a_way_to_reroute_has_to_say_how() -> None:
+    from modelwright.tune.routing import Rerouted
+
+    with pytest.raises(TypeError, match="change"):
+        Rerouted()  # type: ignore[abstract]
 
 
 def test_a_dense_model_is_refused() -> None:

@@ -28,6 +28,13 @@ def start(asked: int) -> None:
     require_world(asked)
 
 
+def end() -> None:
+    """Leave the others; a process that ends without it may be aborted by the threads of its connections."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def require_world(asked: int) -> None:
     """UserError unless exactly `asked` processes run."""
     if world() != asked:

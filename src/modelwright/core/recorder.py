@@ -115,7 +115,7 @@ class Recorder:
                 {"step": at, "kind": "train", "example": e, "loss": total / max(n, 1), "tokens": n, "lr": lr}
                 for e, total, n in zip(*columns, strict=True)
             ]
-        if self._steps:
+        if rows and rows[-1]["kind"] == "train":  # a process may have had nothing but rows that fill up a batch
             rows[-1]["energy_j"] = self.meter.joules()
         if rows:
             part = self.parts / f"{step:09d}.parquet"

@@ -156,6 +156,8 @@ class Trainer(HFTrainer):
             for k, v in state["moments"].get(n, {}).items():
                 self.optimizer.state[p][k] = dist.like(p, v) if isinstance(v, Tensor) and v.dim() else v
         self.lr_scheduler.load_state_dict(state["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr  # the schedule sets it at its next step only
         return None
 
 

@@ -164,16 +164,19 @@ def execute(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, act: Cal
 
 
 # ---- transformers' experts interface ---------------------------------------------------------------------------------
-def _act(module: Any) -> Any:
+def activation(module: Any) -> Any:
     return F.silu if type(module).__name__ in ("SiLU", "SiLUActivation") else module
 
 
 # A routing list that a module's next call follows instead of its arguments; see modelwright.moe.reroute
 PENDING: WeakKeyDictionary[nn.Module, Routing] = WeakKeyDictionary()
+FOLLOWERS = {NAME}  # the executors that look there
 
 
 def is_plain(module: Any) -> bool:
     """Whether experts have the gated layout without extras, which is the one that takes a ragged list."""
+    if not hasattr(module, "is_concatenated"):  # outside the experts interface
+        return False
     extras = module.has_bias or module.is_transposed or module.has_post_expert_norm
     return module.has_gate and module.is_concatenated and not extras and type(module)._apply_gate is _default_apply_gate
 
@@ -183,8 +186,8 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
         return grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
     if is_plain(self):
         if (routing := PENDING.pop(self, None)) is not None:
-            return execute(hidden_states, routing, self.gate_up_proj, self.down_proj, _act(self.act_fn))
-        return experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, _act(self.act_fn))
+            return execute(hidden_states, routing, self.gate_up_proj, self.down_proj, activation(self.act_fn))
+        return experts(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, activation(self.act_fn))
     return _composed(self, hidden_states, top_k_index, top_k_weights)
 
 

@@ -13,11 +13,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from modelwright.core.errors import UserError
-from modelwright.moe.execute import NAME, PENDING, is_plain
+from modelwright.moe.execute import FOLLOWERS, NAME, PENDING, is_plain
 from modelwright.moe.routing import Routing
 from modelwright.moe.watch import padding, routers
 
 Change = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Routing | None]
+
+
+def gated(model: nn.Module, what: str) -> list[tuple[Any, Any]]:
+    """The routers of a model in order of depth, each with its experts; UserError where these are not plain: they cannot `what`."""
+    found = [(router, model.get_submodule(path.rpartition(".")[0]).experts) for path, router in routers(model)]
+    for _, experts in found:
+        if not is_plain(experts):
+            raise UserError(
+                f"{type(experts).__name__} cannot {what}",
+                "its experts are not gated layers without biases",
+                "give a Mixtral-, Qwen-, OLMoE- or Granite-style mixture of experts",
+            )
+    return found
 
 
 class Reroute:
@@ -25,25 +38,20 @@ class Reroute:
 
     def __init__(self, model: nn.Module, change: Change):
         self.real: Tensor | None = None  # (B, T) bool of the running batch
+        self.known: Tensor | None = None  # the same for the next batch, where its call will not say it
         self.shape = (0, 0)  # (B, T) of the running batch
-        found = routers(model)
+        found = gated(model, "follow another routing")
+        self.layers = len(found)
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._before: list[tuple[Any, Any]] = []
-        for i, (path, router) in enumerate(found):
-            experts: Any = model.get_submodule(path.rpartition(".")[0]).experts
-            if not is_plain(experts):
-                self.undo()
-                raise UserError(
-                    f"{type(experts).__name__} cannot follow another routing",
-                    "its experts are not gated layers without biases",
-                    "give a Mixtral-, Qwen-, OLMoE- or Granite-style mixture of experts",
-                )
-            self._before.append((experts.config, experts.config._experts_implementation))
-            experts.config._experts_implementation = NAME
+        for i, (router, experts) in enumerate(found):
+            if (name := experts.config._experts_implementation) not in FOLLOWERS:
+                self._before.append((experts.config, name))
+                experts.config._experts_implementation = NAME
             self._handles.append(router.register_forward_hook(self._turn(i, experts, change)))
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.real = padding(kwargs)
+        self.real, self.known = padding(kwargs) if self.known is None else self.known, None
         given: Any = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         self.shape = tuple(given.shape[:2])
 

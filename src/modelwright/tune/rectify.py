@@ -6,6 +6,12 @@ modelwright.moe.reroute puts the same routing under it again. Published setting:
 
 fill_in and intra off is the plain capacity-limited router, the baseline. Weights are the softmax over all experts,
 renormalised over the kept ones, so give a model that renormalises (Mixtral, Qwen3-MoE, OLMoE with norm_topk_prob).
+
+Over several processes each is one rank, as in the paper: slots are counted over all processes' tokens, in evaluation too,
+and intra prefers the experts of the process's own share, E / processes of them. Ours: each process still holds all experts
+(DDP, or FSDP2's shards), so nothing travels but the scores; the outcome is that of expert parallelism, and of one process
+with as many simulated ranks, to the rounding. Where the experts themselves lie apart: modelwright.moe.parallel.spread.
+Padding takes no slot, but for that of packed rows in evaluation, which no mask tells.
 """
 
 from dataclasses import dataclass
@@ -13,7 +19,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from modelwright.core import dist
+from modelwright.core.anatomy import Anatomy
+from modelwright.core.errors import UserError
 from modelwright.core.knobs import Tune, knob
+from modelwright.moe.parallel import rectify_over
 from modelwright.moe.rectify import rectify
 from modelwright.moe.routing import FILLED, LOCAL, Routing
 from modelwright.tune.routing import Rerouted
@@ -26,7 +36,7 @@ class Knobs(Tune):
     intra: bool = knob(True, "send dropped tokens to the best expert of their own rank")
     unrouted: Literal["auto", "all", "any", "ignore_last"] = knob("auto", "which tokens intra rectifies")
     fill_order: Literal["paper", "code"] = knob("paper", "order of fill-ins: by their own score, or by the token's largest")
-    ranks: int = knob(1, "simulated ranks: equal shares of experts and tokens", low=1)
+    ranks: int = knob(1, "simulated ranks: equal shares of experts and tokens; several processes are ranks themselves", low=1)
 
 
 class Rectify(Rerouted):
@@ -38,19 +48,24 @@ class Rectify(Rerouted):
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
 
+    def select(self, model: Any, anatomy: Anatomy, seed: int) -> None:
+        super().select(model, anatomy, seed)
+        if dist.world() > 1 and self.knobs.ranks not in (1, dist.world()):
+            raise UserError(
+                f"rectify: ranks={self.knobs.ranks} but {dist.world()} processes train", "each process is a rank", "leave ranks out"
+            )
+
     def change(self, layer: int, logits: Tensor, weights: Tensor, index: Tensor, real: Tensor | None) -> Routing:
         c = self.knobs
-        return rectify(
-            logits,
-            self.top_k,
-            factor=c.factor,
-            fill_in=c.fill_in,
-            intra=c.intra,
-            unrouted=None if c.unrouted == "auto" else c.unrouted,
-            ranks=c.ranks,
-            fill_order=c.fill_order,
-            real=real,
-        )
+        options: dict[str, Any] = {
+            "factor": c.factor,
+            "fill_in": c.fill_in,
+            "intra": c.intra,
+            "unrouted": None if c.unrouted == "auto" else c.unrouted,
+            "fill_order": c.fill_order,
+            "real": real,
+        }
+        return rectify_over(logits, self.top_k, **options) if dist.world() > 1 else rectify(logits, self.top_k, ranks=c.ranks, **options)
 
     def _shares(self) -> dict[str, float]:
         asked = self.tokens * self.top_k
@@ -61,4 +76,5 @@ class Rectify(Rerouted):
         return f"{super().liveness(moved)}; " + ", ".join(f"{v:.1%} {n}" for n, v in self._shares().items())
 
     def facts(self) -> dict[str, Any]:
+        self.hooks.undo()  # the first process goes on alone, and its model must ask no other
         return self._shares()

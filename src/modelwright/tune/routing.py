@@ -1,21 +1,23 @@
 """What the ways to tune with another routing share: hooks while training, and the stock model again at the end."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from modelwright.core import dist
 from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
-from modelwright.core.technique import Technique
+from modelwright.core.technique import LossTerm, Technique
 from modelwright.moe.balance import recomputing
-from modelwright.moe.reroute import Reroute
+from modelwright.moe.reroute import Reroute, gated
 from modelwright.moe.routing import Routing
 
 
-class Rerouted(Technique):
-    """A technique that changes routing. Override `change`; rows of the list by source are counted for the report."""
+class Rerouted(Technique, ABC):
+    """A technique that changes routing. Rows of the list by source are counted for the report, over all processes."""
 
     name = "rerouted"
     evaluates = False  # whether evaluation is rerouted too
@@ -25,21 +27,36 @@ class Rerouted(Technique):
             raise UserError(
                 f"{self.name}: {type(anatomy.model).__name__} has no experts", "there is nothing to route", "make some with reshape.upcycle"
             )
+        gated(model, "follow another routing")
         self.top_k = anatomy.top_k
         self.model, self.routed, self.tokens = model, torch.zeros(4, dtype=torch.long), 0
-        self.hooks = Reroute(model, self._turn)
+        self._mine = torch.zeros(5, dtype=torch.long)  # of this process's batch: rows by source, tokens
 
+    def terms(self) -> list[LossTerm]:
+        # The hooks come last: what is probed, or copied before it is sharded, is the stock model.
+        self.hooks = Reroute(self.model, self._turn)
+        return super().terms()
+
+    def before_batch(self, batch: dict[str, Tensor]) -> None:
+        if "segments" in batch:  # packed rows have no attention mask
+            self.hooks.known = batch["real"]
+
+    @abstractmethod
     def change(self, layer: int, logits: Tensor, weights: Tensor, index: Tensor, real: Tensor | None) -> Routing | None:
         """The routing of a layer; None: as the router has it."""
-        raise NotImplementedError
 
     def _turn(self, layer: int, logits: Tensor, weights: Tensor, index: Tensor, real: Tensor | None) -> Routing | None:
         if not (self.model.training or self.evaluates):
             return None
         routing = self.change(layer, logits, weights, index, real)
-        if self.model.training and routing is not None and not recomputing():
-            self.routed += routing.source.cpu().bincount(minlength=4)
-            self.tokens += len(logits) if real is None else int(real.sum())
+        if self.model.training and not recomputing():
+            if routing is not None:
+                self._mine[:4] += routing.source.cpu().bincount(minlength=4)
+                self._mine[4] += len(logits) if real is None else int(real.sum())
+            if layer == self.hooks.layers - 1:  # here, as a state is saved by the first process alone
+                *routed, tokens = dist.all_sum(self._mine).tolist()
+                self.routed, self.tokens = self.routed + torch.tensor(routed), self.tokens + tokens
+                self._mine.zero_()
         return routing
 
     def liveness(self, moved: dict[str, Tensor]) -> str:
