@@ -26,7 +26,7 @@ from modelwright.core.errors import UserError
 from modelwright.core.knobs import Tune, knob
 from modelwright.core.technique import LossTerm, Named, Technique
 from modelwright.moe import balance
-from modelwright.moe.watch import padding, routers
+from modelwright.moe.watch import routers
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,7 @@ class Balance(Technique):
         if not anatomy.experts:
             raise UserError(f"balance: {type(anatomy.model).__name__} has no experts", how="give a mixture of experts")
         self.model, found = model, [r for _, r in routers(model)]
-        self.biases = [getattr(r, "e_score_correction_bias", None) for r in found]
-        if self.knobs.kind == "bias" and any(b is None for b in self.biases):
+        if self.knobs.kind == "bias" and any(getattr(r, "e_score_correction_bias", None) is None for r in found):
             raise UserError(
                 f"{type(anatomy.model).__name__} has no bias to balance with",
                 "its routers select by their scores alone",
@@ -79,28 +78,25 @@ class Balance(Technique):
         self.experts = anatomy.experts
         self.step = balance.GlobalCounts(len(found), self.experts)
         self.total = torch.zeros(len(found), self.experts, dtype=torch.long)
-        self._real: Tensor | None = None
-        self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._handles += [r.register_forward_hook(self._hear(i)) for i, r in enumerate(found)]
-
-    def _begin(self, module: Any, args: tuple, kwargs: dict) -> None:
-        self._real = padding(kwargs)
+        self.routers = found
 
     def _hear(self, layer: int) -> Any:
         def hook(module: Any, args: tuple, output: Any) -> None:
             if not self.model.training or balance.recomputing():
                 return
             logits, index = output[0], output[2]
-            real = None if self._real is None else self._real.flatten().to(index.device)
-            self.step.add(layer, balance.counts_of(index, self.experts, real))
+            self.step.add(layer, balance.counts_of(index, self.experts, self.real.flatten()))
             self.heard[layer] = logits, index
 
         return hook
 
     def before_batch(self, batch: dict[str, Tensor]) -> None:
+        self.real = batch["real"]
         self.heard.clear()
 
     def terms(self) -> list[LossTerm]:
+        # The hooks come last: what is probed, or copied before it is sharded, is the stock model.
+        self._handles: list[Any] = [r.register_forward_hook(self._hear(i)) for i, r in enumerate(self.routers)]
         return [] if self.knobs.kind == "bias" else [Loss(self)]
 
     def loss(self, layer: int, logits: Tensor, index: Tensor, real: Tensor) -> Tensor:
@@ -122,8 +118,9 @@ class Balance(Technique):
         counts = self.step.summed()
         if self.knobs.kind == "bias":
             with torch.no_grad():
-                for bias, c in zip(self.biases, counts, strict=True):
-                    bias.copy_(balance.nudge(bias, c.to(bias.device), self.knobs.rate, self.knobs.centred))  # type: ignore[union-attr,arg-type]
+                for router, c in zip(self.routers, counts, strict=True):
+                    bias: Any = router.e_score_correction_bias  # asked for each time: DDP puts another tensor there
+                    bias.copy_(balance.nudge(bias, c.to(bias.device), self.knobs.rate, self.knobs.centred))
         self.total += counts.to(self.total.device)
         self.step.reset()
 
