@@ -13,6 +13,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from common import Cache, save, spread
 from modelwright import drivers
 from modelwright.cache.evict import evict
+from modelwright.cache.layer import take
 from modelwright.cache.measure import nbytes
 from modelwright.cache.method import Read
 from modelwright.cache.nacl import NACL
@@ -113,8 +114,8 @@ def choice(context: int, heads: int, attention: bool, rounds: int) -> list[float
     read = (Read if attention else Given)(q[:, :, -method.window(context) :], k, v, 0.125, 0, 1)
 
     def ours() -> None:
-        at = method.choose(read)[0][..., None].expand(-1, -1, -1, 64)
-        k.gather(2, at), v.gather(2, at)
+        index = method.choose(read)[0]
+        take(k, index), take(v, index)
 
     found = []
     for _ in range(rounds + 1):

@@ -19,6 +19,13 @@ from transformers.cache_utils import DynamicLayer
 from modelwright.core.errors import UserError
 
 
+def take(states: Tensor, index: Tensor) -> Tensor:
+    """The columns `index` (B, G, n) of keys or values (B, G, T, d): whole rows are copied, which gather would do number by number."""
+    B, G, T, d = states.shape
+    rows = index + torch.arange(0, B * G * T, T, device=index.device).view(B, G, 1)
+    return states.reshape(-1, d).index_select(0, rows.flatten()).view(B, G, -1, d)
+
+
 class EvictLayer(DynamicLayer):
     """`owner` is the block that evicts; the layer is of no use after it."""
 
@@ -70,7 +77,7 @@ class EvictLayer(DynamicLayer):
         self.kept = self.seen if index is None else index.shape[2]
         if index is None:
             return
-        taken = [t.gather(2, index[..., None].expand(*index.shape, t.shape[3])) for t in (self.keys, self.values)]
+        taken = [take(t, index) for t in (self.keys, self.values)]
         self.keys, self.values = taken
         if slots is not None:
             self.keys, self.values = taken[0][:, :, :0], taken[1][:, :, :0]
