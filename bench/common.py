@@ -49,7 +49,7 @@ def save(
         "versions": versions(),
     }
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in result.items() if k != 'plots'}, indent=1))
+    print(json.dumps({k: v for k, v in result.items() if k != "plots"}, indent=1))
 
 
 class Cache:

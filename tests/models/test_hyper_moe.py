@@ -91,6 +91,19 @@ def test_zero_init_is_the_base_bit_for_bit_and_still_learns(tiny) -> None:
     assert promise == "changed function" and 0 < drift < 0.05
 
 
+def test_sets_of_experts_have_codes_of_their_own_from_the_start(tiny) -> None:
+    sizes = {"e": 32, "hidden": 32, "q": 32, "b": 32}
+    model = hyper_moe(Checkpoint(tiny("mixtral")), Knobs(**sizes))[0].model
+    torch.manual_seed(0)
+    bare = SetCode(4, **{k: sizes[k] for k in ("e", "hidden", "q")}), HyperNetwork(32, 2, b=32, q=32)
+    sets = torch.combinations(torch.arange(4), 2)
+    spreads = []
+    for code, hyper in ((model.model.layers[0].mlp.code, model.model.hyper), bare):
+        z = hyper.codes(code(sets), 0).detach()
+        spreads.append(float(z.std(0).mean() / z.mean()))
+    assert spreads[0] > spreads[1] / 2 > 0.1
+
+
 def test_precomputed_model_saves_and_is_the_same(tiny, tmp_path) -> None:
     from transformers import AutoModelForCausalLM
 

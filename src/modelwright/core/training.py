@@ -151,6 +151,7 @@ def fit(
     limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     if limit and rows.ids.shape[1] > limit:
         raise UserError(f"context={rows.ids.shape[1]} is longer than the model's {limit} positions", how="lower train.context")
+    techniques = techniques or [Technique()]
     combine(techniques, surroundings(model, train))
     torch.manual_seed(seed)
     anatomy = Anatomy(model)

@@ -69,13 +69,16 @@ class _Initialised:
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
-        if isinstance(module, Qwen2MoeTopKRouter):
-            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, SetCode):
-            init.normal_(module.embedding, mean=0.0, std=1.0)
-        elif isinstance(module, HyperNetwork):
-            init.normal_(module.layer_embedding, mean=0.0, std=1.0)
-            with init.guard_torch_init_functions():  # loaded weights are left alone
+        with init.guard_torch_init_functions():  # loaded weights are left alone
+            if isinstance(module, Qwen2MoeTopKRouter):
+                init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            elif isinstance(module, SetCode):
+                init.normal_(module.embedding, mean=0.0, std=1.0)
+                for linear in (m for m in module.process if isinstance(m, nn.Linear)):
+                    linear.reset_parameters()  # at transformers' 0.02 all sets of experts would have nearly the same code
+            elif isinstance(module, HyperNetwork):
+                init.normal_(module.layer_embedding, mean=0.0, std=1.0)
+                module.mix.reset_parameters()
                 module.reset(self.config.hyper_init)  # type: ignore[arg-type]
 
 
