@@ -138,7 +138,7 @@ def main(folder: Path, processes: int) -> None:
             found = one(name, folder / f"{strategy} {name}", strategy=strategy)
             if found:
                 torch.save(found, folder / f"{strategy} {name}.pt")
-        for name in ("migu", "hft fused", "scheduled"):
+        for name in ("migu", "hft fused", "scheduled", "balance bias"):
             found = one(name, folder / f"{strategy} {name} resumed", stop=3, strategy=strategy)
             if found:
                 torch.save(found, folder / f"{strategy} {name} resumed.pt")

@@ -67,7 +67,7 @@ def test_two_processes_are_one(name: str, strategy: str, two: Path, alone) -> No
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("name", ["migu", "hft fused", "scheduled"])
+@pytest.mark.parametrize("name", ["migu", "hft fused", "scheduled", "balance bias"])
 def test_a_run_of_two_processes_that_was_stopped_is_the_unbroken_one(name: str, strategy: str, two: Path) -> None:
     whole, resumed = (torch.load(two / f"{strategy} {name}{end}.pt", weights_only=True) for end in ("", " resumed"))
     assert all(torch.equal(w, resumed["weights"][n]) for n, w in whole["weights"].items()) and whole["evals"] == resumed["evals"]

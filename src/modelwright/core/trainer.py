@@ -118,14 +118,30 @@ class Trainer(HFTrainer):
                 shutil.rmtree(old)
         dist.barrier()
 
-    # A sharded state is one file a process: the local pieces of weights and optimizer.
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.sharded:
-            return super().save_model(output_dir, _internal_call)
-        return Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
+    # Weights are kept under the names they have in memory: those that save_pretrained writes are others for some models (experts), and
+    # what is not found under them would stay as it was. A sharded state is one file a process: the local pieces.
+    def _held(self) -> dict[str, Tensor]:
+        """What training changes: weights that learn, and buffers that are saved with a model."""
+        stored = self.model.state_dict().keys()
+        learning = {n: p.detach() for n, p in self._named() if p.requires_grad}
+        return learning | {n: b for n, b in self.model.named_buffers() if n in stored}
 
-    def _shard_file(self, folder: str) -> Path:
-        return Path(folder) / f"shard-{dist.rank()}.pt"
+    def _file(self, folder: str | None, what: str) -> Path:
+        return Path(str(folder)) / f"{what}-{dist.rank() if self.sharded else 0}.pt"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        file = self._file(output_dir, "weights")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if self.sharded or self.args.should_save:
+            torch.save({n: dist.local(t) for n, t in self._held().items()}, file)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved, held = torch.load(self._file(resume_from_checkpoint, "weights"), weights_only=True, map_location="cpu"), self._held()
+        if saved.keys() != held.keys():
+            raise RuntimeError(f"{resume_from_checkpoint} holds other weights: {sorted(saved.keys() ^ held.keys())[:3]}")
+        with torch.no_grad():
+            for n, t in held.items():
+                dist.local(t).copy_(saved[n])
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
@@ -135,23 +151,12 @@ class Trainer(HFTrainer):
             for n, p in self._named()
             if p in self.optimizer.state
         }
-        weights = {n: dist.local(p.detach()) for n, p in self._named()}
-        state = {"weights": weights, "moments": moments, "scheduler": self.lr_scheduler.state_dict()}
-        return torch.save(state, self._shard_file(output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not self.sharded:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        weights = torch.load(self._shard_file(resume_from_checkpoint), weights_only=True)["weights"]
-        with torch.no_grad():
-            for n, p in self._named():
-                dist.local(p).copy_(weights[n])
-        return None
+        return torch.save({"moments": moments, "scheduler": self.lr_scheduler.state_dict()}, self._file(output_dir, "optimizer"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.sharded or not checkpoint:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        state = torch.load(self._shard_file(checkpoint), weights_only=True)
+        state = torch.load(self._file(checkpoint, "optimizer"), weights_only=True)
         for n, p in self._named():
             for k, v in state["moments"].get(n, {}).items():
                 self.optimizer.state[p][k] = dist.like(p, v) if isinstance(v, Tensor) and v.dim() else v
