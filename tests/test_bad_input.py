@@ -122,6 +122,7 @@ RECIPES: dict[str, tuple[str | bytes, list[str]]] = {
     "share beyond one": (HEAD + "steps: [reshape.upcycle: {ratio: 1.5}]", ["ratio=1.5", "between 0 and 1"]),
     "not a number": (HEAD + "steps: [reshape.upcycle: {ratio: .nan}]", ["ratio=nan"]),
     "seed below zero": (HEAD + STEP + "seed: -1", ["seed=-1"]),
+    "seed too large": (HEAD + STEP + f"seed: {10**20}", ["seed=1000", "4294967295"]),
     "no yaml": (HEAD + "steps: [", ["not valid YAML", "line 3"]),
     "tabs": (HEAD + "steps:\n\t- reshape.upcycle", ["not valid YAML", "line 4"]),
     "two documents": (HEAD + STEP + "---\nbase: x\n", ["not valid YAML"]),

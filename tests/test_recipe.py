@@ -70,7 +70,7 @@ def test_plain_recipe_reads_back_as_itself(file: Path) -> None:
         ("steps: [{reshape.upcycle: {method: spars}}]", "did you mean 'sparse'"),
         ("steps: [{tune.full: {train: {lr: .nan}}}]", "number"),
         ("steps: [{tune.full: {train: 3}}]", "mapping"),
-        ("seed: -1\nsteps: [curate.stdlib]", "from 0 up"),
+        ("seed: -1\nsteps: [curate.stdlib]", "from 0 to 4294967295"),
         ("steps: [curate.stdlib]\nsteps: [curate.stdlib]", "stands twice"),
         ("steps: [curate.stdlib", "not valid YAML, line"),
         ("save: {too: x}\nsteps: [curate.stdlib]", "did you mean 'to'"),

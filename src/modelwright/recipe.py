@@ -133,8 +133,8 @@ def parse(raw: Any, root: Path = Path("."), name: str = "recipe") -> Recipe:
     if not isinstance(raw.get("steps"), list) or not raw["steps"]:
         raise UserError("the recipe has no steps", how="write 'steps:' and a list of methods; `modelwright list` shows them")
     seed = raw.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise UserError(f"seed={seed!r} does not fit", "it must be a whole number from 0 up")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
+        raise UserError(f"seed={seed!r} does not fit", "it must be a whole number from 0 to 4294967295, as for numpy's generator")
     steps = []
     for i, item in enumerate(raw["steps"]):
         step_name, values = _split_step(item, i)

@@ -50,12 +50,48 @@ def test_bad_input_is_refused(tiny, tmp_path: Path) -> None:  # noqa: ANN001
         "keep=1.5 is out of range": {"tasks": ["recall"], "keep": [1.5]},
         "unknown way to evict 'naclo'": {"tasks": ["recall"], "methods": ["naclo"]},
         "unknown task": {"tasks": ["recal"]},
+        "unknown way to evict 'snpkv'; did you mean 'snapkv'": {"tasks": ["recall"], "settings": {"snpkv": {"observe": 4}}},
+        "settings for h2o have no use": {"tasks": ["recall"], "methods": ["nacl"], "settings": {"h2o": {"recent": 0.1}}},
+        "sinks=-3 is out of range": {"tasks": ["recall"], "settings": {"streaming_llm": {"sinks": -3}}},
     }.items():
         with pytest.raises(UserError, match=words):
             modelwright.run("cache.bench", base=tiny("llama"), **knobs)
     (tmp_path / "short.jsonl").write_text(json.dumps({"input_ids": [5] * 30}) + "\n")
-    with pytest.raises(UserError, match="the text has no 512 tokens"):
-        modelwright.run("cache.bench", base=tiny("llama"), data=str(tmp_path / "short.jsonl"))
+    with pytest.raises(UserError, match="the text has no 48 tokens"):
+        modelwright.run("cache.bench", base=tiny("llama"), data=str(tmp_path / "short.jsonl"), context=40, continuation=8)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_is_longer_than_the_model_s_context_is_refused(kind: str, tiny, tmp_path: Path) -> None:  # noqa: ANN001
+    (tmp_path / "t.jsonl").write_text(json.dumps({"input_ids": [5] * 300}) + "\n")
+    how = {"base": tiny(kind), "methods": ["random"], "keep": [0.5], "rows": 2}
+    with pytest.raises(UserError, match="65 tokens do not fit, because the model's context is 64, context and continuation together"):
+        modelwright.run("cache.bench", data=str(tmp_path / "t.jsonl"), context=45, continuation=20, **how)
+    for task, answer in (("copy", 16), ("passkey", 4), ("recall", 1)):
+        with pytest.raises(UserError, match="65 tokens do not fit, because .* question and answer of " + task):
+            modelwright.run("cache.bench", tasks=[task], context=65 - answer, **how)
+        modelwright.run("cache.bench", tasks=[task], context=64 - answer, **how)
+    modelwright.run("cache.bench", data=str(tmp_path / "t.jsonl"), context=44, continuation=20, **how)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_it_says_how_many_rows_it_measured(rows: int, tiny, tmp_path: Path) -> None:  # noqa: ANN001
+    ids = torch.randint(3, 96, (30 * rows + 5,), generator=torch.Generator().manual_seed(0)).tolist()
+    (tmp_path / "t.jsonl").write_text(json.dumps({"input_ids": ids}) + "\n")
+    how = {
+        "base": tiny("llama"),
+        "data": str(tmp_path / "t.jsonl"),
+        "methods": ["random"],
+        "keep": [0.5],
+        "context": 20,
+        "continuation": 10,
+    }
+    found = modelwright.run("cache.bench", rows=8, **how)
+    metrics, html = found.steps[0]["metrics"], found.report.html()
+    assert metrics["texts"] == rows and f"over {rows} row" in html and "of the 8 that were asked for" in html
+    evicted = metrics["rows"][1]
+    assert (evicted["rise_low"] is None) == (rows == 1) == (" to " not in html.split("Real text read on")[1].split("</table>")[0])
+    assert "asked for" not in modelwright.run("cache.bench", rows=rows, **how).report.html()
 
 
 def test_it_reads_what_an_earlier_step_curated(stories: Path, tmp_path: Path) -> None:

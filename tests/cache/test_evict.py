@@ -33,6 +33,7 @@ ARCHITECTURES = (
     "gpt2",
     "opt",
     "gpt_neox",
+    "deepseek_v3",
 )
 ALL = (NACL, SnapKV, H2O, StreamingLLM, TOVA, PyramidKV, KeyNorm, Random)
 
@@ -42,6 +43,34 @@ def method_of(kind: type[Method], **more: Any) -> Method:
 
 
 def build(kind: str = "llama") -> Any:
+    if kind == "deepseek_v3":  # queries and keys are 12 wide, values 6; the cache holds a latent, 16 and 4 wide, of all heads
+        torch.manual_seed(0)
+        config = T.DeepseekV3Config(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=128,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            q_lora_rank=16,
+            kv_lora_rank=16,
+            qk_rope_head_dim=4,
+            qk_nope_head_dim=8,
+            v_head_dim=6,
+            moe_intermediate_size=16,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            n_shared_experts=1,
+            initializer_range=0.3,
+        )
+        return T.AutoModelForCausalLM.from_config(config).eval()
     more = {"num_hidden_layers": 6, "sliding_window": 8} if kind == "gemma3" else {"sliding_window": 8} if kind == "gemma2" else {}
     return model_of(kind, **more, **{"n_positions" if kind == "gpt2" else "max_position_embeddings": 128})
 
@@ -163,6 +192,44 @@ def test_the_prompt_itself_is_attended_to_in_full(kind: str, method: Method, mon
     assert asked == ([] if wanted is None else [wanted] * model.config.num_hidden_layers)  # no query is attended for twice
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_cache_of_latents_is_evicted_for_all_heads_at_once(attention: str, cls: type[Method]) -> None:
+    model, ids = build("deepseek_v3"), ids_of()
+    model.set_attn_implementation(attention)
+    stock, written, (padding, mask) = model(ids).logits, write(model, ids).sequences, padded(ids, 7)
+    with evict(model, method_of(cls, keep=0.5)):
+        out = model(ids)
+        assert (out.logits - stock).abs().max() < 1e-5
+        if cls is not PyramidKV:
+            assert [(x.keys.shape, x.values.shape) for x in out.past_key_values.layers] == [((2, 1, 20, 16), (2, 1, 20, 4))] * 2
+        assert torch.equal(write(model, ids).sequences[:, 40], written[:, 40])
+        whole = write(model, padding, attention_mask=mask, num_beams=2).sequences
+    with evict(model, method_of(cls, keep=0.5), chunked=True):
+        assert torch.equal(whole, write(model, padding, attention_mask=mask, num_beams=2, prefill_chunk_size=6).sequences)
+    with evict(model, method_of(cls, keep=1.0)):
+        assert torch.equal(write(model, ids).sequences, written)
+
+
+@torch.no_grad()
+def test_a_cache_of_latents_is_scored_by_what_each_head_attends_to() -> None:
+    model, ids = build("deepseek_v3"), ids_of(length=24)
+    model.set_attn_implementation("eager")
+    attention = model(ids, output_attentions=True).attentions
+    for method, votes in (
+        (TOVA(tokens=9), [a[:, :, -1].mean(1).index_fill(1, torch.tensor([23]), 9) for a in attention]),
+        (H2O(tokens=9, recent=0), [a.sum((1, 2)) for a in attention]),
+    ):
+        with evict(model, method, record=True) as e:
+            model(ids)
+        for kept, vote in zip(e.kept, votes, strict=True):
+            assert torch.equal(kept[:, 0], vote.topk(9).indices.sort().values)
+    words = "the budget differs between heads, because the cache holds all heads as one"
+    with pytest.raises(UserError, match=words), evict(model, KeyNorm(keep=[[0.1, 0.2, 0.3, 0.4]] * 2)):
+        model(ids)
+
+
 def test_gradients_of_the_prompt_are_those_of_the_stock_model() -> None:
     model, ids = build(), ids_of()
     stock = torch.autograd.grad(model(ids).logits.square().mean(), list(model.parameters()))
@@ -247,6 +314,38 @@ def test_a_prompt_in_chunks_keeps_what_the_whole_one_keeps(cls: type[Method], pa
             assert cache.get_seq_length() == 38
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cls", ALL)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_chunks_may_be_smaller_than_the_padding(cls: type[Method], beams: int) -> None:
+    model, method = build(), method_of(cls, keep=0.5)
+    ids, mask = padded(ids_of(length=24), 7)
+    ids[1, :6], mask[1, :6] = 0, 0  # the first chunks hold no token at all
+    config = {"do_sample": False, "num_beams": beams, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
+    with evict(model, method, record=True) as e:
+        whole, kept = model.generate(ids, **config), e.kept
+    for chunk in (2, 3, 5, 6, 7):
+        with evict(model, method, chunked=True, record=True) as e:
+            assert torch.equal(whole, model.generate(ids, prefill_chunk_size=chunk, **config))
+            assert all(torch.equal(a, b) for a, b in zip(kept, e.kept, strict=True))
+
+
+@torch.no_grad()
+def test_padding_alone_is_refused_once_the_prompt_is_whole() -> None:
+    model, ids, mask = build(), ids_of(length=12), torch.ones(2, 12)
+    mask[0] = 0
+    with evict(model, NACL()), pytest.raises(UserError, match="nothing but padding"):
+        model(ids, attention_mask=mask)
+    with evict(model, NACL(), chunked=True) as e:
+        cache = model(ids, attention_mask=mask).past_key_values
+        with pytest.raises(UserError, match="nothing but padding"):
+            e.finish(cache)
+        right = torch.ones(2, 12)
+        right[0, -3:] = 0
+        with pytest.raises(UserError, match="padded on the right"):
+            model(ids, attention_mask=right)
+
+
 def state_of(model: Any) -> Any:
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m))) for m in model.modules()]
     classes = [sorted(vars(type(m))) for m in model.modules()]
@@ -274,6 +373,22 @@ def test_the_model_is_as_before_also_after_an_exception(kind: str) -> None:
             hook.remove()
     assert same(before, state_of(model))
     assert torch.equal(stock, write(model, ids).sequences)
+
+
+@pytest.mark.parametrize("same_block", [True, False])
+def test_a_block_inside_a_block_is_refused_and_leaves_the_outer_one_whole(same_block: bool) -> None:
+    model, ids = build(), ids_of()
+    before = state_of(model)
+    outer = evict(model, NACL(keep=0.2))
+    inner = outer if same_block else evict(model, H2O(keep=0.5))
+    with outer:
+        with pytest.raises(UserError, match="is in an evict block already"), inner:
+            pass
+        assert write(model, ids).past_key_values.layers[0].kept == 8
+    assert same(before, state_of(model))
+    with inner:  # one after the other is no nesting
+        write(model, ids)
+    assert same(before, state_of(model))
 
 
 @torch.no_grad()

@@ -45,6 +45,26 @@ def test_a_question_is_read_after_the_eviction_also_in_chunks(capsys: pytest.Cap
     assert whole["cache_bytes"] == kept * 4 * 2 * 2 * 32 * 4
 
 
+def test_a_prompt_of_one_token_is_read_in_chunks(capsys: pytest.CaptureFixture[str]) -> None:
+    how = ["--prompt", "a", "--max-new-tokens", 4]
+    whole = run(capsys, *how)["metrics"]
+    assert whole["prompt_tokens"] == 1
+    assert run(capsys, *how, "--chunk", 2)["metrics"] == whole == run(capsys, *how, "--chunk", 3)["metrics"]
+
+
+def test_a_chunk_that_leaves_one_token_over_is_made_larger(capsys: pytest.CaptureFixture[str]) -> None:
+    how = ["--prompt", PROMPT, "--evict", "tova", "--keep", 0.4, "--max-new-tokens", 4]
+    whole = run(capsys, *how)["metrics"]
+    n = whole["prompt_tokens"]
+    for chunk in [c for c in range(2, n + 2) if n % c == 1 or c >= n - 1]:
+        assert run(capsys, *how, "--chunk", chunk)["metrics"] == whole
+
+
+@pytest.mark.parametrize("name", ["random", "nacl"])
+def test_any_seed_draws(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--prompt", PROMPT, "--evict", name, "--seed", 2**32 - 1, "--max-new-tokens", 2)["metrics"]["new_tokens"]
+
+
 @pytest.mark.parametrize(
     ("words", "argv"),
     [
@@ -53,6 +73,8 @@ def test_a_question_is_read_after_the_eviction_also_in_chunks(capsys: pytest.Cap
         ("keep=1.5 is out of range", ["--prompt", PROMPT, "--keep", 1.5]),
         ("it protects 32", ["--prompt", PROMPT, "--evict", "snapkv", "--tokens", 9]),
         ("has no setting 'sinkss'", ["--prompt", PROMPT, "--evict", "streaming_llm", "--settings", "{sinkss: 3}"]),
+        ("observe='a' does not fit snapkv", ["--prompt", PROMPT, "--evict", "snapkv", "--settings", "{observe: a}"]),
+        ("recent=3 is out of range for h2o", ["--prompt", PROMPT, "--evict", "h2o", "--settings", "{recent: 3}"]),
         ("tokens do not fit", ["--prompt", PROMPT, "--max-new-tokens", 2000]),
         ("cannot be read", ["--prompt-file", "nothing.txt"]),
         ("beams do not fit a question", ["--prompt", PROMPT, "--question", "x", "--beams", 2]),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from modelwright.cache.baselines import H2O, TOVA, KeyNorm, PyramidKV, Random, SnapKV, StreamingLLM
 from modelwright.cache.method import Method, Read, highest
+from modelwright.cache.nacl import NACL
 from modelwright.cache.names import METHODS, named
 from modelwright.core.errors import UserError
 
@@ -159,3 +160,30 @@ def test_unknown_names_and_settings_are_refused() -> None:
         named("h2o", settings={"window": 3})
     with pytest.raises(UserError, match="the kernel is odd"):
         named("snapkv", settings={"kernel": 4})
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("snapkv", {"observe": ["a", 2.5, True, None, 0]}),
+        ("snapkv", {"kernel": ["7", -1, 0], "pooling": ["avg", "median", 1]}),
+        ("nacl", {"seed": ["x", 0.5], "sinks": [{"a": 1}, -1], "compat": ["bogus", None], "proxies": ["half", float("nan"), -0.1]}),
+        ("streaming_llm", {"sinks": [None, -3, 2.5]}),
+        ("h2o", {"recent": [3, -1, "half", float("inf")]}),
+        ("pyramidkv", {"beta": [0, 0.5, "20"], "observe": [1.5]}),
+        ("random", {"seed": [None, "1"]}),
+    ],
+)
+def test_settings_of_the_wrong_type_or_out_of_range_are_one_sentence(name: str, wrong: dict[str, list[Any]]) -> None:
+    for setting, values in wrong.items():
+        for value in values:
+            for make in (lambda s: named(name, settings=s), lambda s: METHODS[name](**s)):
+                with pytest.raises(UserError, match=rf"^{setting}=.* (does not fit|is out of range for) {name}, because .*; change it"):
+                    make({setting: value})
+
+
+def test_settings_may_be_numbers_of_numpy_and_of_any_size() -> None:
+    assert named("snapkv", settings={"observe": np.int64(4)}).window(9) == 4
+    assert H2O(recent=1).recent == 1 and H2O(recent=np.float32(0.5)).recent == 0.5 and NACL(random=None).random is None
+    for seed in (10**400 + 1, -7):
+        assert kept(Random(seed=seed), read_of()) == kept(Random(seed=seed), read_of()) != kept(Random(), read_of())

@@ -16,6 +16,7 @@ def test_items_are_seeded_and_hold_their_answer_once(task: str) -> None:
     items, again = (make(task, 6, 60, SYMBOLS, seed=3, questions=2) for _ in range(2))
     assert torch.equal(items.rows()[0], again.rows()[0])
     assert not torch.equal(items.context, make(task, 6, 60, SYMBOLS, seed=4).context)
+    assert make(task, 6, 60, SYMBOLS, seed=10**20).context.shape == items.context.shape
     assert items.context.shape[1] + items.questions.shape[2] <= 60
     ids, answers = items.rows()
     assert ids.shape[1] == len(answers) and int(answers.sum()) == 2 * items.answers.shape[2]

@@ -25,11 +25,12 @@ from torch.nn.functional import avg_pool1d, max_pool1d
 
 from modelwright.cache.method import Method, Read
 from modelwright.core.errors import UserError
+from modelwright.core.knobs import knob
 
 
 @dataclass(frozen=True)
 class StreamingLLM(Method):
-    sinks: int = 4
+    sinks: int = knob(4, "first tokens that stay", low=0)
     name: ClassVar[str] = "streaming_llm"
 
     def protected(self, read: Read) -> int:
@@ -41,7 +42,7 @@ class StreamingLLM(Method):
 
 @dataclass(frozen=True)
 class H2O(Method):
-    recent: float = 0.5  # share of the budget
+    recent: float = knob(0.5, "share of the budget for the last tokens", low=0, high=1)
     name: ClassVar[str] = "h2o"
 
     def window(self, length: int) -> int:
@@ -65,15 +66,15 @@ class TOVA(Method):
 
 @dataclass(frozen=True)
 class SnapKV(Method):
-    observe: int = 32  # tokens at the end whose attention counts, and which stay
-    kernel: int = 7
-    pooling: Literal["max", "mean"] = "max"
+    observe: int = knob(32, "tokens at the end whose attention counts, and which stay", low=1)
+    kernel: int = knob(7, "neighbours that are pooled, an odd number", low=1)
+    pooling: Literal["max", "mean"] = knob("max", "how they are pooled")
     name: ClassVar[str] = "snapkv"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.observe < 1 or self.kernel < 1 or not self.kernel % 2:
-            raise UserError(f"observe={self.observe}, kernel={self.kernel} do not fit", "both are at least 1 and the kernel is odd")
+        if not self.kernel % 2:
+            raise UserError(f"kernel={self.kernel} does not fit {self.name}", "the kernel is odd", f"give {self.kernel + 1}")
 
     def window(self, length: int) -> int:
         return self.observe
@@ -90,7 +91,7 @@ class SnapKV(Method):
 
 @dataclass(frozen=True)
 class PyramidKV(SnapKV):
-    beta: float = 20
+    beta: float = knob(20, "the last layer's share of the mean, 1 / beta", low=1)
     name: ClassVar[str] = "pyramidkv"
 
     def counts(self, real: np.ndarray, layer: int, layers: int) -> np.ndarray:
@@ -107,12 +108,12 @@ class KeyNorm(Method):
     name: ClassVar[str] = "key_norm"
 
     def score(self, read: Read) -> Tensor:
-        return -read.k.float().norm(dim=-1)
+        return -read.shared(read.k.float().norm(dim=-1))
 
 
 @dataclass(frozen=True)
 class Random(Method):
-    seed: int = 0
+    seed: int = knob(0, "of the draw")
     name: ClassVar[str] = "random"
 
     def score(self, read: Read) -> Tensor:

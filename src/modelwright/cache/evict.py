@@ -8,8 +8,9 @@ norms, so there is no code per model. Inside the block the model's attention imp
 attention function and a mask function are registered, and a forward hook puts our layers into every empty cache; no class is
 touched, and afterwards, also after an error, the model is as it was. Attention of the prompt is computed in full, and once:
 a method that scores by the attention of the last queries hands on what they attend to. Each layer then drops what its
-method gives up, before the next layer starts, so at most one layer is ever whole. Kept tokens
-stay at their true positions and new tokens go on at theirs.
+method gives up, before the next layer starts, so at most one layer is ever whole. Kept tokens stay at their true positions
+and new tokens go on at theirs. Where a cache holds one latent for all heads (DeepSeek), these are scored by the keys that
+attention makes of it, and keep the same tokens.
 
 Layers with a sliding window keep their window, which bounds them already; the others are evicted. Nothing is evicted while
 answering: the cache grows by every token written. To ask a question after a compressed context, give the context first:
@@ -18,8 +19,8 @@ answering: the cache grows by every token written. To ask a question after a com
         model.generate(torch.cat([context, question], 1), past_key_values=cache)
 
 A prompt read in chunks (`prefill_chunk_size`) needs `chunked=True`: then eviction waits for the first single token, or for
-`finish(cache)`, because nothing else tells the last chunk from the one before; so let the last one be longer than one token.
-Until then every layer is whole.
+`finish(cache)`, because nothing else tells the last chunk from the one before. Until then every layer is whole. A last chunk
+of one token cannot be told from an answer's first: it would be read after the eviction, so choose a size that leaves none over.
 
 Refused, each with a sentence: encoders and encoder-decoders, flash and flex attention (they take no mask of ours), static,
 quantised and offloaded caches, layers that share a cache, right padding, assisted decoding. Paged caches, as in vLLM, only
@@ -57,20 +58,12 @@ class Eviction:
         self.active = False
         self.wanted = 1  # queries that the method wants of the prompt under way
         self.kept: list[Tensor] = []
-        kind = type(model).__name__
+        self.kind = kind = type(model).__name__
         if model.config.is_encoder_decoder or not model.can_generate():
             why = "it is an encoder-decoder" if model.config.is_encoder_decoder else "it writes no text"
             raise UserError(f"{kind} has no decoder cache to evict from", why, "give a causal language model")
         self.model = model.get_decoder()
-        self.before = self.model.config._attn_implementation
-        if self.before in _NAMES.values():
-            raise UserError(f"{kind} is in an evict block already", "one method at a time", "leave that block first")
-        if self.before not in _NAMES or not self.model._can_set_attn_implementation():
-            raise UserError(
-                f"the attention of {kind} ({self.before}) cannot be driven",
-                "eviction needs an attention function that takes a mask",
-                "load the model with attn_implementation='sdpa' or 'eager'",
-            )
+        self._stock()
         self.layers = [i for i, layer in enumerate(self._fresh().layers) if isinstance(layer, EvictLayer)]
         heads = getattr(self.model.config, "num_key_value_heads", None) or self.model.config.num_attention_heads
         if not self.layers:
@@ -80,7 +73,21 @@ class Eviction:
     def __deepcopy__(self, memo: dict) -> "Eviction":
         return self  # a copied cache belongs to the same block
 
+    def _stock(self) -> str:
+        """The attention that the model has now. Raises UserError where it cannot be driven, or is ours already."""
+        now = self.model.config._attn_implementation
+        if now in _NAMES.values():
+            raise UserError(f"{self.kind} is in an evict block already", "one method at a time", "leave that block first")
+        if now not in _NAMES or not self.model._can_set_attn_implementation():
+            raise UserError(
+                f"the attention of {self.kind} ({now}) cannot be driven",
+                "eviction needs an attention function that takes a mask",
+                "load the model with attn_implementation='sdpa' or 'eager'",
+            )
+        return now
+
     def __enter__(self) -> "Eviction":
+        self.before = self._stock()  # another block may have been entered since this one was made
         self.model.set_attn_implementation(_NAMES[self.before])
         self.hooks = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -135,7 +142,9 @@ class Eviction:
             else:
                 total = layers[0].seen + ids.shape[1]
                 lengths = _lengths(kwargs.get("attention_mask"), total)
-                self.wanted = min(max(map(self.method.window, set(lengths or [total]))), total)
+                if not self.chunked:
+                    _no_empty(lengths)
+                self.wanted = min(max(map(self.method.window, set(lengths or [total]) - {0}), default=1), total)  # 0: padding so far
                 for layer in layers:
                     layer.lengths = lengths
         _now.step = (self, cache)
@@ -146,25 +155,29 @@ class Eviction:
 
     def finish(self, cache: Cache) -> None:
         """Evict now, in all layers: the prompt that was read in chunks is complete."""
+        _no_empty(cache.layers[self.layers[0]].lengths)
         for i in self.layers:
             layer = cache.layers[i]
             if layer.queries is not None:
-                self._evict(layer, i, layer.queries, *layer.manner)
+                self._evict(layer, i, layer.queries, *(layer.states or (layer.keys, layer.values)), *layer.manner)
 
     def _read(
-        self, layer: EvictLayer, index: int, query: Tensor, scale: float, softcap: float | None, attend: bool = False
+        self, layer: EvictLayer, index: int, query: Tensor, key: Tensor, value: Tensor, *manner: Any, attend: bool = False
     ) -> Tensor | None:
         """Evict, or keep what is needed for it; where `attend`, what the last queries attend to (B, H, n, d) if that was in hand."""
         if not self.chunked:
-            return self._evict(layer, index, query[:, :, -self.wanted :], scale, softcap, attend)
+            return self._evict(layer, index, query[:, :, -self.wanted :], key, value, *manner, attend)
         whole = query if layer.queries is None else torch.cat([layer.queries, query], 2)
-        layer.queries, layer.manner = whole[:, :, -self.wanted :].clone(), (scale, softcap)
+        layer.queries, layer.manner = whole[:, :, -self.wanted :].clone(), manner
+        layer.states = None if key is layer.keys else (key, value)
         return None
 
     @torch.no_grad()
-    def _evict(self, layer: EvictLayer, index: int, q: Tensor, scale: float, softcap: float | None, attend: bool = False) -> Tensor | None:
-        at = self.layers.index(index)
-        read = Read(q, layer.keys, layer.values, scale, at, len(self.layers), layer.lengths, softcap, attend=attend)
+    def _evict(
+        self, layer: EvictLayer, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, attend: bool = False
+    ) -> Tensor | None:
+        at, held = self.layers.index(index), layer.keys.shape[1]
+        read = Read(q, k, v, scale, at, len(self.layers), layer.lengths, softcap, held=held, attend=attend)
         keep = self.method.choose(read)
         if self.record:
             self._note(at, *keep, layer.keys)
@@ -186,9 +199,14 @@ def _lengths(mask: Any, total: int) -> list[int] | None:
     mask = mask[:, :total].bool()
     if mask.all():
         return None
-    if not mask[:, -1].all() or (mask[:, 1:] < mask[:, :-1]).any():
+    if (mask[:, 1:] < mask[:, :-1]).any():
         raise UserError("a prompt is padded on the right or inside", "answers follow the prompt's last token", "pad on the left")
     return mask.sum(1).tolist()
+
+
+def _no_empty(lengths: list[int] | None) -> None:
+    if 0 in (lengths or ()):
+        raise UserError("a prompt of the batch is nothing but padding", "there is nothing to evict or to answer", "leave that row out")
 
 
 def _function(base: str) -> Callable[..., Any]:
@@ -205,9 +223,9 @@ def _function(base: str) -> Callable[..., Any]:
         whole = base == "sdpa" and attention_mask is None and query.shape[2] == layer.seen and not query.requires_grad
         if not whole or owner.chunked:
             out = stock(module, query, key, value, attention_mask, *args, **kwargs)
-            owner._read(layer, module.layer_idx, query, *manner)
+            owner._read(layer, module.layer_idx, query, key, value, *manner)
             return out
-        last = owner._read(layer, module.layer_idx, query, *manner, attend=True)
+        last = owner._read(layer, module.layer_idx, query, key, value, *manner, attend=True)
         if last is None:
             return stock(module, query, key, value, None, *args, **kwargs)
         if not (n := query.shape[2] - last.shape[2]):

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from modelwright.cache.evict import evict
-from modelwright.cache.measure import nbytes
+from modelwright.cache.measure import fits_context, nbytes
 from modelwright.cache.names import named
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job
@@ -51,7 +51,7 @@ def generate(knobs: Knobs, job: Job) -> Finding:
     if knobs.temperature:
         how |= {"temperature": knobs.temperature, "top_k": 0, "top_p": 1.0}
     chunk = knobs.chunk
-    while chunk and ids.shape[1] % chunk == 1:  # one token alone would end the prompt before it
+    while chunk and chunk < ids.shape[1] and ids.shape[1] % chunk == 1:  # one token alone would end the prompt before it
         chunk += 1
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     settings = GenerationConfig(
@@ -109,9 +109,7 @@ def _ready(knobs: Knobs, job: Job) -> tuple[Any, Any, torch.Tensor, torch.Tensor
     question = question.reshape(1, -1)
     if not ids.numel():
         raise UserError("the prompt is empty", how="give some text")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context and (need := ids.shape[1] + question.shape[1] + knobs.max_new_tokens) > context:
-        raise UserError(f"{need} tokens do not fit", f"the model's context is {context}, prompt and answer together", "shorten the prompt")
+    fits_context(model, ids.shape[1] + question.shape[1] + knobs.max_new_tokens, "prompt and answer", "shorten the prompt")
     return model, tokenizer, ids.to(model.device), question.to(model.device)
 
 

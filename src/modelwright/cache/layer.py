@@ -43,7 +43,8 @@ class EvictLayer(DynamicLayer):
         self.slots: Tensor | None = None  # (B, G, kept) which columns are real, where uneven
         self.packed: tuple[Tensor, Tensor] | None = None
         self.queries: Tensor | None = None  # the last queries of a prompt read in chunks,
-        self.manner: tuple[float, float | None] = (1.0, None)  # and their scale and soft cap
+        self.manner: tuple[Any, ...] = (1.0, None)  # their scale and soft cap,
+        self.states: tuple[Tensor, Tensor] | None = None  # and keys and values as attention sees them, where the cache holds others
         self.lengths: list[int] | None = None  # real tokens of each row, where padded
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -73,7 +74,7 @@ class EvictLayer(DynamicLayer):
     # ---- eviction ----------------------------------------------------------------------------------------------------
     def keep(self, index: Tensor | None, slots: Tensor | None = None) -> None:
         """Hold only the tokens at `index` (B, G, n), in ascending order; all for None. Columns where `slots` is false are spare."""
-        self.read, self.queries = self.seen, None
+        self.read, self.queries, self.states = self.seen, None, None
         self.kept = self.seen if index is None else index.shape[2]
         if index is None:
             return
@@ -119,6 +120,7 @@ class EvictLayer(DynamicLayer):
             return
         self.keys, self.values = change(self.keys), change(self.values)
         self.queries = None if self.queries is None else change(self.queries)
+        self.states = None if self.states is None else (change(self.states[0]), change(self.states[1]))
         if self.lengths is not None:
             self.lengths = change(torch.tensor(self.lengths, device=self.keys.device)).tolist()
         if self.slots is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from modelwright.cache.evict import evict
 from modelwright.cache.layer import EvictLayer
 from modelwright.cache.method import Method
+from modelwright.core.errors import UserError
 
 
 @dataclass
@@ -22,6 +23,13 @@ class Continued:
     bytes: int  # of one row's cache once the context is read
     read: float  # seconds per row to read the context
     go_on: float  # and to go on
+
+
+def fits_context(model: Any, tokens: int, parts: str, how: str) -> None:
+    """UserError where the model has fewer positions than `tokens`, which are what `parts` take together."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context and tokens > context:
+        raise UserError(f"{tokens} tokens do not fit", f"the model's context is {context}, {parts} together", how)
 
 
 def nbytes(cache: Any) -> int:

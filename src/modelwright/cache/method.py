@@ -2,19 +2,24 @@
 
 A method is a frozen dataclass with `score(read) -> (B, G, T)`; the highest scores are kept, as many as the budget says.
 Tokens that must stay score infinity. `keep` is a share of the real tokens of each row, `tokens` a number; both may be given
-per layer (a list) or per layer and key-value head (a list of lists). Protected tokens count.
+per layer (a list) or per layer and key-value head (a list of lists). Protected tokens count. The other fields are the method's
+own settings: a type that is annotated, and the bounds of `knob`, are checked wherever one is made.
 """
 
+import math
+import types
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Any, ClassVar
+from numbers import Integral, Real
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from modelwright.core.errors import UserError
+from modelwright.core.knobs import type_name
 
 _ON_CPU, _ELSEWHERE = 1 << 19, 1 << 27  # attention weights at a time: few, for the processor's cache, but in matrices of 32 queries or more
 
@@ -32,20 +37,30 @@ def highest(score: Tensor, counts: Tensor) -> Tensor:
 
 @dataclass
 class Read:
-    """What one layer has when the prompt is read: H query heads, G key-value heads, T tokens."""
+    """What one layer has when the prompt is read: H query heads, K key-value heads, T tokens. The cache holds G heads: K, or 1 where
+    it is a latent of them all."""
 
     q: Tensor  # (B, H, w, d) the last queries, after rotation and norms
-    k: Tensor  # (B, G, T, d)
-    v: Tensor  # (B, G, T, d)
+    k: Tensor  # (B, K, T, d)
+    v: Tensor  # (B, K, T, d of its own)
     scale: float
     layer: int  # among the layers that are evicted
     layers: int
     lengths: list[int] | None = None  # real tokens of each row; None: no padding
     softcap: float | None = None
+    held: int | None = None  # heads that the cache holds, G; None: K
     block: int | None = None  # queries at a time; None: by what a processor's cache holds
     counts: np.ndarray = field(default_factory=lambda: np.zeros((1, 1), int))  # (B or 1, G or 1) tokens to keep
     attend: bool = False  # whether `received` is to leave what its queries attend to,
-    attended: Tensor | None = None  # (B, G, H / G, queries, d): attention has them in hand, and need not compute them again
+    attended: Tensor | None = None  # (B, K, H / K, queries, d of v): attention has them in hand, and need not compute them again
+
+    @property
+    def heads(self) -> int:
+        return self.held or self.k.shape[1]
+
+    def shared(self, score: Tensor) -> Tensor:
+        """A score of each key (B, K, T), summed over the heads that the cache holds as one: (B, G, T)."""
+        return score.unflatten(1, (self.heads, -1)).sum(2)
 
     @property
     def real(self) -> np.ndarray:
@@ -69,40 +84,54 @@ class Read:
     def received(self, queries: np.ndarray | int, causal: bool = True) -> Tensor:
         """Attention that each token gets from the last `queries` ones (a number, or one per row and head), summed over them and over
         the heads of a group: (B, G, T)."""
-        (B, H, w, d), (G, T), device = self.q.shape, self.k.shape[1:3], self.k.device
+        (B, H, w, d), (K, T), device = self.q.shape, self.k.shape[1:3], self.k.device
         wanted = np.minimum(np.atleast_2d(queries), np.minimum(self.real, w))  # a padded query sees nothing
-        most, g = int(wanted.max()), H // G
-        out, least = torch.zeros(B, G, T, device=device), torch.finfo(torch.float32).min
+        wanted = wanted.repeat(K // self.heads if wanted.shape[1] > 1 else 1, 1)  # (B or 1, K or 1)
+        most, g = int(wanted.max()), H // K
+        out, least = torch.zeros(B, K, T, device=device), torch.finfo(torch.float32).min
         if self.attend and causal:
-            self.attended = self.q.new_empty(B, G, g, most, d)
+            self.attended = self.v.new_empty(B, K, g, most, self.v.shape[3])  # values may have a width of their own
         step = self.block or max(32, (_ON_CPU if device.type == "cpu" else _ELSEWHERE) // (B * H * T))
         ahead = torch.ones(step, step, dtype=torch.bool, device=device).triu(1)
         for at in range(T - most, T, step):  # the position of the first query of a block of b
             b = min(step, T - at)
             seen = at + b if causal else T
-            q = (self.q[:, :, at - T + w : at + b - T + w] * self.scale).reshape(B, G, g * b, d)
-            s = (q @ self.k[:, :, :seen].transpose(2, 3)).float()  # (B, G, g b, seen)
+            q = (self.q[:, :, at - T + w : at + b - T + w] * self.scale).reshape(B, K, g * b, d)
+            s = (q @ self.k[:, :, :seen].transpose(2, 3)).float()  # (B, K, g b, seen)
             if self.softcap:
                 s = torch.tanh(s / self.softcap) * self.softcap
             if causal:
-                s.view(B, G, g, b, seen)[..., at:].masked_fill_(ahead[:b, :b], least)
+                s.view(B, K, g, b, seen)[..., at:].masked_fill_(ahead[:b, :b], least)
             if self.lengths:
                 s.masked_fill_(self.place[..., None, :seen] < 0, least)
             p = torch.softmax(s, -1, out=s)
-            counted = torch.arange(at, at + b, device=device) >= T - self.tensor(wanted)  # (B or 1, G or 1, b)
-            out[..., :seen] += (counted.float().repeat(1, 1, g).expand(B, G, -1)[:, :, None] @ p)[:, :, 0]
+            counted = torch.arange(at, at + b, device=device) >= T - self.tensor(wanted)  # (B or 1, K or 1, b)
+            out[..., :seen] += (counted.float().repeat(1, 1, g).expand(B, K, -1)[:, :, None] @ p)[:, :, 0]
             if self.attended is not None:
                 y = p.to(self.v.dtype) @ self.v[:, :, :seen]
-                self.attended[..., at - T + most : at + b - T + most, :] = y.view(B, G, g, b, d)
-        return out
+                self.attended[..., at - T + most : at + b - T + most, :] = y.view(B, K, g, b, -1)
+        return self.shared(out)
 
     def noise(self, seed: int) -> Tensor:
         """Uniform draws (B or 1, G, T) for this layer. They belong to a token's place in its row, so that neither the batch nor
         its padding changes what is drawn, and beams of one prompt agree; no global generator is touched."""
-        T, G = self.k.shape[2], self.k.shape[1]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.layer)
+        T, G = self.k.shape[2], self.heads
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) % 2**63)
         u = torch.rand(T, G, generator=generator).to(self.k.device)  # (T, G): its beginning does not depend on T
         return u[self.place[:, 0].clamp(min=0)].transpose(1, 2)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a setting's type."""
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return any(_is(value, k) for k in get_args(kind))
+    if kind in (int, float):
+        return not isinstance(value, bool) and (
+            isinstance(value, Integral) or kind is float and isinstance(value, Real) and math.isfinite(value)
+        )
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 @dataclass(frozen=True)
@@ -119,6 +148,18 @@ class Method(ABC):
             raise UserError(f"keep={self.keep} is out of range", "it is the share of the prompt that stays", "give more than 0, at most 1")
         if self.tokens is not None and not (self._array("tokens", self.tokens) >= 1).all():
             raise UserError(f"tokens={self.tokens} is out of range", "it is how many tokens of the prompt stay", "give 1 or more")
+        kinds = get_type_hints(type(self))
+        for f in fields(self):
+            if f.name not in ("keep", "tokens"):
+                self._check(f.name, getattr(self, f.name), kinds[f.name], f.metadata.get("low"), f.metadata.get("high"))
+
+    def _check(self, name: str, value: Any, kind: Any, low: float | None, high: float | None) -> None:
+        how = "change it, or leave it out"
+        if not _is(value, kind):
+            raise UserError(f"{name}={value!r} does not fit {self.name}", f"it must be {type_name(kind)}", how)
+        if value is not None and (low is not None and value < low or high is not None and value > high):
+            span = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise UserError(f"{name}={value} is out of range for {self.name}", f"it must be {span}", how)
 
     @staticmethod
     def _array(name: str, value: Any) -> np.ndarray:
@@ -163,7 +204,9 @@ class Method(ABC):
 
         Raises UserError where the budget does not hold what the method protects."""
         read.counts = counts = self.counts(read.real, read.layer, read.layers)
-        B, G, T = read.k.shape[:3]
+        B, G, T = read.k.shape[0], read.heads, read.k.shape[2]
+        if counts.shape[1] not in (1, G):
+            raise UserError("the budget differs between heads", "the cache holds all heads as one", "give one number, or one per layer")
         if (counts >= T).all():
             return None, None
         kept, least = np.broadcast_arrays(counts, np.asarray(self.protected(read)))

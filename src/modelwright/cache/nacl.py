@@ -38,6 +38,7 @@ from torch import Tensor
 
 from modelwright.cache.method import Method, Read, highest
 from modelwright.core.errors import UserError
+from modelwright.core.knobs import knob
 
 # budget -> protected, proxies that are not protected, kept by the proxies, drawn at random; in % of the prompt
 TABLE = {10: (1, 3, 2, 7), 20: (2, 18, 6, 12), 30: (1.5, 20, 10.5, 18)}
@@ -49,19 +50,16 @@ class NACL(Method):
     the prompt; the protected last tokens are proxies too."""
 
     keep: float | list = 0.2
-    protect: float | None = None
-    random: float | None = None
-    proxies: float | None = None
-    sinks: int = 256
-    seed: int = 0
-    compat: Literal["none", "official"] = "none"
+    protect: float | None = knob(None, "share of the budget that is protected", low=0, high=1)
+    random: float | None = knob(None, "share of the budget that is drawn", low=0, high=1)
+    proxies: float | None = knob(None, "share of the prompt whose attention counts", low=0, high=1)
+    sinks: int = knob(256, "first tokens that are protected, at most", low=0)
+    seed: int = knob(0, "of the draw")
+    compat: Literal["none", "official"] = knob("none", "shares and faults of the official code")
     name: ClassVar[str] = "nacl"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for knob in ("protect", "random", "proxies"):
-            if (value := getattr(self, knob)) is not None and not 0 <= value <= 1:
-                raise UserError(f"{knob}={value} is out of range", "it is a share", "give 0 to 1")
         if (self.protect or 0) + (self.random or 0) > 1:
             raise UserError(f"protect={self.protect} and random={self.random} are more than the budget", how="let them sum to at most 1")
 

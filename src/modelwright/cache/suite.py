@@ -49,7 +49,7 @@ def make(task: str, n: int, length: int, symbols: Tensor, seed: int = 0, questio
     or the symbols do not suffice."""
     if task not in TASKS:
         raise UserError(f"unknown task '{task}'", how=did_you_mean(task, TASKS))
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(seed % 2**63)
     mark, ask, pool = symbols[0], symbols[1], symbols[2:]
     half = len(pool) // 2
 
