@@ -63,7 +63,7 @@ FAMILIES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "qwen3_moe": (
         T.Qwen3MoeConfig,
         T.Qwen3MoeForCausalLM,
-        {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8},
+        {**_GQA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8, "norm_topk_prob": True},
     ),
     "olmoe": (T.OlmoeConfig, T.OlmoeForCausalLM, {**_GQA, "num_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe": (T.GraniteMoeConfig, T.GraniteMoeForCausalLM, {**_GQA, "num_local_experts": 4}),

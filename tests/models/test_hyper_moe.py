@@ -115,7 +115,77 @@ def test_precomputed_model_saves_and_is_the_same(tiny, tmp_path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(ids).logits, want)
     torch.testing.assert_close(again.precompute()(ids).logits, want, rtol=1e-4, atol=1e-4)
-    assert again.model.layers[0].mlp.table is not None
+    assert again.model.layers[0].mlp.table_number is not None
+    assert not [n for n in again.state_dict() if "table" in n]
+
+
+def _loud(tiny, **settings):
+    model = hyper_moe(Checkpoint(tiny("mixtral")), Knobs(**_SMALL))[0].model.eval()
+    for p in model.model.hyper.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.config.update(settings)
+    return model
+
+
+def test_a_table_changes_type_with_its_model(tiny) -> None:
+    model, ids = _loud(tiny).precompute().to(torch.bfloat16), torch.randint(3, 96, (2, 11))
+    assert model.model.layers[0].mlp.table_down.dtype == model(ids).logits.dtype == torch.bfloat16
+
+
+def test_a_model_in_training_learns_though_a_table_was_made(tiny) -> None:
+    model, ids = _loud(tiny).train().precompute(), torch.randint(3, 96, (2, 11))
+    model(ids, labels=ids).loss.backward()
+    assert model.model.hyper.up.weight.grad.any()
+
+
+@pytest.mark.parametrize("change", ["load", "train"])
+def test_a_table_is_dropped_when_the_weights_change(change: str, tiny) -> None:
+    model, ids = _loud(tiny).precompute(), torch.randint(3, 96, (2, 11))
+    if change == "load":
+        model.load_state_dict({n: torch.randn_like(p) * 0.3 for n, p in model.state_dict().items()})
+    else:
+        model.train()
+        with torch.no_grad():
+            model.model.hyper.up.weight.neg_()
+    found = model.eval()(ids).logits
+    assert torch.equal(found, model.precompute(False)(ids).logits)
+
+
+@pytest.mark.parametrize("made", [False, True])
+@pytest.mark.parametrize("length", [2, 40])  # more sets than tokens, and the other way round
+def test_autocast_runs_forward_and_back(made: bool, length: int, tiny) -> None:
+    model, ids = _loud(tiny).precompute(made), torch.randint(3, 96, (1, length))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, labels=ids)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_compiled_model_is_the_same(made: bool, tiny) -> None:
+    model, ids = _loud(tiny).precompute(made), torch.randint(3, 96, (2, 20))  # more tokens than sets: products are grouped
+    want = model(ids).logits
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_saved_folder_opens_without_its_head(tiny, tmp_path) -> None:
+    from transformers import AutoModel
+
+    model, ids = _loud(tiny), torch.randint(3, 96, (2, 11))
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_a_tuple_instead_of_a_dict_and_generation_with_router_logits(tiny) -> None:
+    model, ids = _loud(tiny, output_router_logits=True), torch.randint(3, 96, (2, 11))
+    want = model(ids)
+    found = model(ids, return_dict=False)
+    assert isinstance(found, tuple) and len(found) == len(want.to_tuple()) and torch.equal(found[1], want.logits)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, pad_token_id=0).shape == (2, 14)
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny) -> None:

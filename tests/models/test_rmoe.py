@@ -134,6 +134,28 @@ def test_balance_loss_is_per_layer_and_without_padding() -> None:
     assert seen.counts.sum(1).tolist() == [34] * 4
 
 
+def test_balance_loss_counts_the_experts_that_a_residual_chose() -> None:
+    from modelwright.moe.balance import counts_of, switch
+
+    model, ids, chosen = _model(router_residual=4.0), _ids(), []
+    hooks = [layer.mlp.gate.register_forward_hook(lambda m, a, out: chosen.append(out[2])) for layer in model.model.layers]
+    out = model(ids, output_router_logits=True)
+    assert len(hooks) == len(chosen) == 4
+    assert any(not torch.equal(i.sort(1).values, x.topk(2).indices.sort(1).values) for i, x in zip(chosen, out.router_logits, strict=True))
+    want = [switch(x.softmax(-1), counts_of(i, 4)) for i, x in zip(chosen, out.router_logits, strict=True)]
+    torch.testing.assert_close(out.aux_loss, torch.stack(want).mean())
+
+
+def test_a_tuple_instead_of_a_dict_and_generation_with_router_logits() -> None:
+    model, ids = _model(output_router_logits=True).eval(), _ids()
+    want, found = model(ids), model(ids, return_dict=False)
+    assert isinstance(found, tuple) and len(found) == len(want.to_tuple()) and torch.equal(found[1], want.logits)
+    assert torch.equal(model.model(ids, return_dict=False)[0], model.model(ids).last_hidden_state)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, pad_token_id=0).shape == (2, 14)
+
+
 def test_executors_agree() -> None:
     model, ids = _model().eval(), _ids()
     want = use(model, "eager")(ids).logits
@@ -159,7 +181,13 @@ def test_from_mixtral_the_experts_stay(tiny) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "knobs", "words"),
-    [("qwen3_moe", {}, "not Mixtral's"), ("mixtral", {"dense": [0]}, "experts already"), ("llama", {"dense": [7]}, "layer 7")],
+    [
+        ("qwen3_moe", {}, "not Mixtral's"),
+        ("mixtral", {"dense": [0]}, "experts already"),
+        ("mixtral", {"experts": 16}, "experts=16 but the model has experts=4"),
+        ("mixtral", {"top_k": 4}, "top_k=4 but the model has top_k=2"),
+        ("llama", {"dense": [7]}, "layer 7"),
+    ],
 )
 def test_what_cannot_be_is_said(kind: str, knobs: dict, words: str, tiny) -> None:
     with pytest.raises(UserError, match=words):

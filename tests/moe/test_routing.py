@@ -55,6 +55,17 @@ def test_selection_bias_moves_the_choice_and_not_the_weight() -> None:
     assert index.tolist() == [[2]] and weights.tolist() == [[pytest.approx(0.2)]]
 
 
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+def test_no_expert_is_chosen_twice_where_few_scores_are_finite(k: int) -> None:
+    scores = torch.full((2, 6), -math.inf)
+    scores[0, 4] = 1.0
+    assert top_k(scores, k).tolist() == [[4, 0, 1, 2, 3][:k], [0, 1, 2, 3, 4][:k]]
+
+
+def test_group_limited_choice_takes_no_tokens_at_all() -> None:
+    assert TokenChoice(8, 4, 2, kind="sigmoid", groups=2)(torch.zeros(0, 8)).token.shape == (0,)
+
+
 def test_group_limited_choice_is_deepseek_v3_s() -> None:
     from transformers import DeepseekV3Config
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE

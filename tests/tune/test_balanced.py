@@ -68,6 +68,43 @@ def test_the_loss_is_the_closed_form_and_gradients_are_those_of_one_batch(tmp_pa
     assert not all(torch.equal(a, b) for a, b in zip(split[0].parameters(), split[1].parameters(), strict=True))
 
 
+def _ours(kind: str):
+    from transformers import AutoModelForCausalLM
+
+    from modelwright.models.hyper_moe import HyperMoEConfig
+    from modelwright.models.rmoe import RMoEConfig
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"num_hidden_layers": 2, "num_local_experts": 4, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = RMoEConfig(**sizes, router_width=8) if kind == "rmoe" else HyperMoEConfig(**sizes, hyper_adapter=4, hyper_bottleneck=8)
+    model = AutoModelForCausalLM.from_config(config)
+    if kind == "hyper_moe":
+        return _skewed(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.normal_()[:, 0] = 2.0
+        for layer in model.model.layers:
+            layer.mlp.gate.project.weight.normal_()
+            layer.mlp.gate.weight.normal_()
+    return model.train()
+
+
+@pytest.mark.parametrize("kind", ["rmoe", "hyper_moe"])
+def test_our_own_mixtures_are_heard_and_balanced(kind: str, tmp_path) -> None:
+    none, some = (
+        _max_violation(_fit(Balance(Knobs(kind="switch", coefficient=c)), tmp_path / str(c), _ours(kind), tokens=16 * 12 * 16).model)
+        for c in (0.0, 10.0)
+    )
+    assert some < none - 0.1
+
+
+def test_the_recipe_of_rmoe_trains_with_the_loss() -> None:
+    from modelwright import recipe
+
+    step = recipe.read(Path(recipe.__file__).parent / "recipes" / "rmoe.yaml").steps[-1]
+    assert (step.entry.name, step.knobs.kind, step.knobs.coefficient) == ("tune.balance", "switch", 0.01)
+
+
 def test_recomputation_changes_nothing(tmp_path) -> None:
     found = []
     for recompute in (False, True):
@@ -85,7 +122,7 @@ def test_a_bias_is_refused_where_there_is_none_and_a_dense_model_too() -> None:
             Balance(knobs).select(model, Anatomy(model), 0)
 
 
-def test_bias_moves_against_the_load_after_each_step(tmp_path) -> None:
+def _glm():
     from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
     torch.manual_seed(0)
@@ -94,7 +131,43 @@ def test_bias_moves_against_the_load_after_each_step(tmp_path) -> None:
         num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=0, n_shared_experts=1,
         max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    model = Glm4MoeForCausalLM(config)
+    return Glm4MoeForCausalLM(config)
+
+
+def test_scores_of_sigmoid_routers_are_deepseek_v3_s() -> None:
+    """P is the sigmoid over its sum (2412.19437, equations 17 to 20)."""
+    t, model = Balance(Knobs(kind="sequence")), _glm()
+    t.select(model, Anatomy(model), 0)
+    logits, real = torch.randn(2 * 5, 4), torch.ones(2, 5, dtype=torch.bool)
+    index = logits.topk(2).indices
+    s = logits.sigmoid() / logits.sigmoid().sum(1, keepdim=True)
+    want = []
+    for rows in (slice(0, 5), slice(5, 10)):
+        f = 4 / (2 * 5) * index[rows].flatten().bincount(minlength=4)
+        want.append((f * s[rows].mean(0)).sum())
+    torch.testing.assert_close(t.loss(0, logits, index, real), torch.stack(want).mean())
+
+
+def test_a_coefficient_that_no_weight_survives_is_refused() -> None:
+    from modelwright.core.knobs import build
+
+    with pytest.raises(UserError, match="coefficient"):
+        build(Knobs, {"coefficient": 1e30}, "tune.balance", Path())
+
+
+@pytest.mark.parametrize("kind", ["Glm4Moe", "Dots1"])
+def test_models_that_the_bias_names_are_taken(kind: str) -> None:
+    import transformers
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_routed_experts": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    Balance(Knobs(kind="bias")).select(model, Anatomy(model), 0)
+
+
+def test_bias_moves_against_the_load_after_each_step(tmp_path) -> None:
+    model = _glm()
     with torch.no_grad():
         for layer in _skewed(model).model.layers:
             layer.mlp.gate.e_score_correction_bias.zero_()

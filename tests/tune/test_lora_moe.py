@@ -189,6 +189,45 @@ def test_released_samples_have_their_types_and_only_outputs_are_learnt(shared) -
     assert learnt == first["output"]
 
 
+class _Letters:
+    """One token a letter."""
+
+    eos_token_id = 2
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(c) for c in text]}
+
+
+def _asked(folder, *rows):
+    (folder / "asked.jsonl").write_text("".join(json.dumps(dict(zip(("instruction", "output"), r, strict=True))) + "\n" for r in rows))
+    return LoraMoe(Knobs()).rows(Data(str(folder / "asked.jsonl")), _Letters(), 200, Train(context=12), 0)
+
+
+def test_a_long_instruction_loses_its_beginning_a_long_output_its_end_and_both_are_counted(tmp_path) -> None:
+    rows = _asked(tmp_path, ("context question?", "out"), ("q", "a"), ("question", "o" * 30), ("", "b" * 12))
+    text = lambda i: "".join(map(chr, rows.ids[i][: rows.lengths[i]].tolist())).replace("\2", "|")  # noqa: E731
+    assert [text(i) for i in range(4)] == ["estion?|out|", "q|a|", "o" * 12, "b" * 12]
+    assert rows.facts["instructions cut at the context"] == 2 and rows.facts["outputs cut at the context"] == 2
+    assert rows.facts["longer than the context, left out"] == 0
+
+
+@pytest.mark.parametrize("output", [["x", "y"], {"a": 1}, None, [1, [2]]])
+def test_an_output_that_is_neither_text_nor_tokens_is_named(output, tmp_path) -> None:
+    with pytest.raises(UserError, match="row 2 holds"):
+        _asked(tmp_path, ("q", "a"), ("q", output))
+
+
+def test_its_experts_cannot_be_masked_by_migu(tmp_path) -> None:
+    from modelwright.tune.migu import Knobs as MiguKnobs
+    from modelwright.tune.migu import Migu
+
+    rows = LoraMoe(Knobs(types="kind")).rows(Data(_table(tmp_path), "input_ids"), None, 96, _TRAIN, 0)
+    t = LoraMoe(Knobs(beta=0.0))
+    for methods in ([t, Migu(MiguKnobs())], [Migu(MiguKnobs()), t]):
+        with pytest.raises(UserError, match="migu cannot mask LoRAMoE's experts"):
+            fit(model_of("llama").train(), rows, _TRAIN, techniques=methods, evals={}, folder=tmp_path / "run", seed=0)
+
+
 def test_what_cannot_be_is_said(tmp_path) -> None:
     with pytest.raises(UserError, match="only llama"):
         LoraMoe(Knobs()).attach(m := model_of("gpt_neox"), Anatomy(m))

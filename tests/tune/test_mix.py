@@ -162,7 +162,7 @@ def test_mix_of_a_recipe_trains_with_both_and_the_round_counts(tmp_path: Path) -
         (["hftt"], "unknown step 'tune.hftt'.*did you mean 'tune.hft'"),
         ([{"migu": {"gard": "update"}}], "methods.migu.gard.*did you mean 'guard'"),
         ([{"migu": {"guard": "updat"}}], "methods.migu.guard='updat' is not a choice.*did you mean 'update'"),
-        (["reshape.upcycle"], "methods has 'reshape.upcycle', because reshape.upcycle is no way to tune"),
+        (["reshape.upcycle"], "reshape.upcycle is no way to tune, because it does not train"),
         (["mix"], "methods has 'mix'"),
         ([3], "methods has 3"),
         ([{"hft": {}, "migu": {}}], "methods has"),

@@ -119,6 +119,99 @@ def test_a_way_to_reroute_has_to_say_how() -> None:
         Rerouted()  # type: ignore[abstract]
 
 
+def _technique(name: str):
+    return rectify.Rectify(rectify.Knobs(factor=0.5)) if name == "rectify" else gw_moe.GwMoe(gw_moe.Knobs(threshold=0.5, unit="share"))
+
+
+@pytest.mark.parametrize("names", [("gw_moe", "rectify"), ("rectify", "gw_moe")])
+def test_two_reroutings_of_one_model_are_refused_and_the_model_stays_untrained(names: tuple[str, str], tmp_path) -> None:
+    model = use(model_of("mixtral").train())
+    with pytest.raises(UserError, match="rerouted already"):
+        fit(model, _rows(), _TRAIN, techniques=[_technique(n) for n in names], evals={}, folder=tmp_path, seed=0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), model_of("mixtral").parameters(), strict=True))
+
+
+def _sigmoid():
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=0, n_shared_experts=1,
+        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return Glm4MoeForCausalLM(config)
+
+
+def _residual():
+    from modelwright.models.rmoe import RMoEConfig, RMoEForCausalLM
+
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = RMoEConfig(**sizes, num_hidden_layers=2, num_local_experts=4, router_width=8, router_residual=0.5, pad_token_id=0)
+    return RMoEForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("rectify", lambda: model_of("olmoe")),
+        ("rectify", lambda: model_of("qwen2_moe", norm_topk_prob=False)),
+        ("rectify", _sigmoid),
+        ("rectify", _residual),
+        ("gw_moe", _sigmoid),
+    ],
+)
+@pytest.mark.parametrize("evals", [False, True])
+def test_a_model_that_would_change_without_a_limit_is_refused_before_it_is_trained(name: str, make, evals: bool, tmp_path) -> None:
+    model = use(make().train())
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(UserError, match=f"{name} does not go with the routers of .* sigmoid"):
+        held_out = {"e": _rows()} if evals else {}
+        fit(model, _rows(), _TRAIN, techniques=[_technique(name)], evals=held_out, folder=tmp_path, seed=0)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "changes"),
+    [
+        ("rectify", "qwen2_moe", {"norm_topk_prob": True}),
+        ("rectify", "olmoe", {"norm_topk_prob": True}),
+        ("rectify", "mixtral", {"dtype": "bfloat16"}),
+        ("rectify", "granitemoe", {"dtype": "bfloat16"}),
+        ("gw_moe", "qwen2_moe", {"norm_topk_prob": False, "dtype": "bfloat16"}),
+    ],
+)
+def test_a_model_that_weighs_by_a_softmax_is_taken(name: str, kind: str, changes: dict, tmp_path) -> None:
+    model = use(model_of(kind, **changes).train())
+    assert fit(model, _rows(), _TRAIN, techniques=[_technique(name)], evals={}, folder=tmp_path, seed=0).liveness
+
+
+@pytest.mark.parametrize("unit", ["share", "normalised"])
+@pytest.mark.parametrize("threshold", [None, 1.5])
+def test_a_share_needs_a_threshold_of_at_most_one(unit: str, threshold: float | None) -> None:
+    with pytest.raises(UserError, match=f"unit={unit} needs a threshold from 0 to 1"):
+        gw_moe.GwMoe(gw_moe.Knobs(unit=unit, threshold=threshold))
+    assert gw_moe.GwMoe(gw_moe.Knobs()).threshold == 1.5
+
+
+def test_a_step_without_an_uncertain_token_is_said_plainly(tmp_path) -> None:
+    assert "NO token was uncertain" in _fit(gw_moe.GwMoe(gw_moe.Knobs(threshold=9.0)), tmp_path).liveness[0]
+
+
+def test_generation_with_padding_is_rerouted_and_watched() -> None:
+    from modelwright.moe.rectify import rectify as route
+    from modelwright.moe.reroute import rerouted
+    from modelwright.moe.watch import watch
+
+    model, ids = model_of("mixtral"), torch.randint(3, 96, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with rerouted(model, lambda layer, x, w, i, real: route(x, 2, real=real)), watch(model) as seen:
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert seen.counts.sum(1).tolist() == [2 * (10 + 2 * 2)] * 2
+
+
 def test_a_dense_model_is_refused() -> None:
     model = model_of("llama")
     with pytest.raises(UserError, match="no experts"):

@@ -1,13 +1,23 @@
 """The head that our mixtures of experts share: logits, and a balance loss that is of each layer by itself."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
 
 from modelwright.moe.balance import counts_of, switch
+from modelwright.moe.watch import padding
+
+
+@dataclass
+class Routed(MoeModelOutputWithPast):
+    """With the experts that each router chose, (B T, k), where they are not those of its largest logits."""
+
+    router_index: tuple[Tensor, ...] | None = None
 
 
 class Balanced:
@@ -17,6 +27,7 @@ class Balanced:
     padding excluded (transformers pools the layers first; see modelwright.moe.balance).
     """
 
+    @can_return_tuple
     def forward(
         self: Any,
         input_ids: Tensor | None = None,
@@ -28,13 +39,15 @@ class Balanced:
     ) -> MoeCausalLMOutputWithPast:
         c = self.config
         wanted = c.output_router_logits if output_router_logits is None else output_router_logits
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_router_logits=wanted, **kwargs)
+        out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_router_logits=wanted, return_dict=True, **kwargs)
         logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
         loss = None if labels is None else self.loss_function(logits, labels, c.vocab_size)
         balance = None
         if wanted:
-            real = None if attention_mask is None else attention_mask.bool().flatten()
-            balance = torch.stack([_switch(x, c.num_experts_per_tok, real) for x in out.router_logits]).mean()
+            real = padding(attention_mask, out.last_hidden_state.shape[1])
+            chosen = out.get("router_index") or [x.topk(c.num_experts_per_tok).indices for x in out.router_logits]
+            each = [_switch(x, i, None if real is None else real.flatten()) for x, i in zip(out.router_logits, chosen, strict=True)]
+            balance = torch.stack(each).mean()
             loss = None if loss is None else loss + c.router_aux_loss_coef * balance
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -46,6 +59,5 @@ class Balanced:
         )
 
 
-def _switch(logits: Tensor, k: int, real: Tensor | None) -> Tensor:
-    probs = logits.float().softmax(-1)
-    return switch(probs, counts_of(probs.topk(k).indices, probs.shape[1], real), real=real)
+def _switch(logits: Tensor, index: Tensor, real: Tensor | None) -> Tensor:
+    return switch(logits.float().softmax(-1), counts_of(index, logits.shape[1], real), real=real)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers import initialization as init
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralDecoderLayer, MixtralExperts, MixtralModel
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
@@ -16,7 +16,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from modelwright.core.anatomy import add_role
 from modelwright.models.causal import Balanced
-from modelwright.moe.hyper import HyperNetwork, SetCode, adapt, table
+from modelwright.moe.hyper import Adapters, HyperNetwork, SetCode, adapt, table
 
 add_role(r"\.mlp\.code\.(embedding|process\.\d)", "hyper.code")
 add_role(r"\.hyper\.\w+", "hyper")
@@ -36,6 +36,9 @@ class HyperMoEConfig(MixtralConfig):
     hyper_init: str = "paper"
 
 
+_TABLE = ("table_down", "table_down_bias", "table_up", "table_up_bias", "table_number")
+
+
 class HyperBlock(nn.Module):
     """Router, experts, and the adapter of the token's expert set."""
 
@@ -45,16 +48,32 @@ class HyperBlock(nn.Module):
         self.gate, self.experts = Qwen2MoeTopKRouter(config), MixtralExperts(config)
         self.code = SetCode(c.num_local_experts, e=c.hyper_expert_embedding, hidden=c.hyper_process, q=c.hyper_code)
         self.k, self.layer, self._hyper = c.num_experts_per_tok, layer, (hyper,)  # in a tuple: the model owns it
-        self.table: Any = None
+        self.keep(None)
+        self.register_load_state_dict_post_hook(_outdated)
+
+    def keep(self, found: tuple[Adapters, Tensor] | None) -> None:
+        """Use these adapters in evaluation mode, or none. Buffers, so that they change device and type with the model."""
+        made = (None,) * 5 if found is None else (*vars(found[0]).values(), found[1])
+        for name, value in zip(_TABLE, made, strict=True):
+            self.register_buffer(name, value, persistent=False)
+
+    def train(self, mode: bool = True) -> "HyperBlock":
+        if mode:
+            self.keep(None)
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         _, weights, index = self.gate(flat)
         y = self.experts(flat, index, weights)
-        if self.table is None or self.training:
+        *generated, number = (getattr(self, name) for name in _TABLE)
+        if number is None or self.training:
             return (y + adapt(flat, index, self.code, self._hyper[0], self.layer)).view_as(x)
-        adapters, number = self.table
-        return (y + adapters(flat, number[tuple(index.T)])).view_as(x)
+        return (y + Adapters(*generated)(flat, number[tuple(index.T)])).view_as(x)
+
+
+def _outdated(block: HyperBlock, keys: Any) -> None:
+    block.keep(None)
 
 
 class _Initialised:
@@ -104,11 +123,12 @@ class HyperMoEForCausalLM(Balanced, _Initialised, MixtralForCausalLM):  # type: 
         self.post_init()
 
     def precompute(self, on: bool = True) -> "HyperMoEForCausalLM":
-        """Make every set's adapter now, for evaluation mode; `on=False` drops them. Call again after training."""
+        """Make every set's adapter now, for evaluation mode; `on=False` drops them, as do training mode and loading."""
         for i, layer in enumerate(self.model.layers):
-            layer.mlp.table = table(layer.mlp.code, self.model.hyper, i, layer.mlp.k) if on else None
+            layer.mlp.keep(table(layer.mlp.code, self.model.hyper, i, layer.mlp.k) if on else None)
         return self
 
 
 AutoConfig.register("hyper_moe", HyperMoEConfig)
+AutoModel.register(HyperMoEConfig, HyperMoEModel)
 AutoModelForCausalLM.register(HyperMoEConfig, HyperMoEForCausalLM)

@@ -16,7 +16,6 @@ from transformers import initialization as init
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
@@ -25,9 +24,10 @@ from transformers.models.mixtral.modeling_mixtral import (
     MixtralRMSNorm,
     MixtralRotaryEmbedding,
 )
+from transformers.utils.generic import can_return_tuple
 
 from modelwright.core.anatomy import add_role
-from modelwright.models.causal import Balanced
+from modelwright.models.causal import Balanced, Routed
 from modelwright.moe.rmoe import RecurrentRouter, RouterCell
 
 add_role(r"\.mlp\.gate\.project", "router.project")
@@ -60,11 +60,11 @@ class RMoEBlock(nn.Module):
         )
         self.experts = MixtralExperts(config)
 
-    def forward(self, x: Tensor, state: Tensor | None, cell: RouterCell) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, the routers' state, logits."""
+    def forward(self, x: Tensor, state: Tensor | None, cell: RouterCell) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Output, the routers' state, logits, chosen experts."""
         flat = x.reshape(-1, x.shape[-1])
         logits, weights, index, state = self.gate(flat, self.gate.begin(flat, cell) if state is None else state, cell)
-        return self.experts(flat, index, weights).view_as(x), state, logits
+        return self.experts(flat, index, weights).view_as(x), state, logits, index
 
 
 class RMoELayer(GradientCheckpointingLayer):
@@ -77,13 +77,13 @@ class RMoELayer(GradientCheckpointingLayer):
         self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, x: Tensor, state: Tensor | None, cell: RouterCell, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, x: Tensor, state: Tensor | None, cell: RouterCell, **kwargs: Any) -> tuple[Tensor, Tensor | None, Any, Any]:
         x = x + self.self_attn(hidden_states=self.input_layernorm(x), **kwargs)[0]
         y = self.post_attention_layernorm(x)
         if isinstance(self.mlp, LlamaMLP):
-            return x + self.mlp(y), state, None
-        y, state, logits = self.mlp(y, state, cell)
-        return x + y, state, logits
+            return x + self.mlp(y), state, None, None
+        y, state, logits, index = self.mlp(y, state, cell)
+        return x + y, state, logits, index
 
 
 class RMoEPreTrainedModel(MixtralPreTrainedModel):
@@ -113,6 +113,7 @@ class RMoEModel(RMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -124,7 +125,7 @@ class RMoEModel(RMoEPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         **kwargs: Any,
-    ) -> MoeModelOutputWithPast:
+    ) -> Routed:
         x: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
@@ -137,9 +138,9 @@ class RMoEModel(RMoEPreTrainedModel):
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=past_key_values, position_ids=position_ids
         )
         rope = self.rotary_emb(x, position_ids=position_ids)
-        state, logits, hidden = None, [], [x]
+        state, routed, hidden = None, [], [x]
         for layer in self.layers:
-            x, state, found = layer(
+            x, state, logits, index = layer(
                 x,
                 state,
                 self.router_cell,
@@ -149,14 +150,15 @@ class RMoEModel(RMoEPreTrainedModel):
                 position_embeddings=rope,
                 **kwargs,
             )
-            logits += [] if found is None else [found]
+            routed += [] if logits is None else [(logits, index)]
             hidden.append(x)
         x = self.norm(x)
-        return MoeModelOutputWithPast(
+        return Routed(
             last_hidden_state=x,
             past_key_values=past_key_values,
             hidden_states=(*hidden[:-1], x) if output_hidden_states else None,  # type: ignore[arg-type]
-            router_logits=tuple(logits),  # type: ignore[arg-type]
+            router_logits=tuple(logits for logits, _ in routed),  # type: ignore[arg-type]
+            router_index=tuple(index for _, index in routed),
         )
 
 

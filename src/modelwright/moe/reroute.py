@@ -9,14 +9,16 @@ No class is patched, and everything is undone after the block. Gradients flow th
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
 from modelwright.core.errors import UserError
 from modelwright.moe.execute import FOLLOWERS, NAME, PENDING, is_plain
 from modelwright.moe.routing import Routing
-from modelwright.moe.watch import padding, routers
+from modelwright.moe.watch import padding, routers, shape
 
+_TAKEN: WeakSet[nn.Module] = WeakSet()  # experts that follow somebody's routing
 Change = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Routing | None]
 
 
@@ -41,7 +43,14 @@ class Reroute:
         self.known: Tensor | None = None  # the same for the next batch, where its call will not say it
         self.shape = (0, 0)  # (B, T) of the running batch
         found = gated(model, "follow another routing")
-        self.layers = len(found)
+        if any(experts in _TAKEN for _, experts in found):
+            raise UserError(
+                f"{type(model).__name__} is rerouted already",
+                "a second routing would replace the first",
+                "reroute one way at a time, or load the model anew after a run that broke off",
+            )
+        self.layers, self._experts = len(found), [experts for _, experts in found]
+        _TAKEN.update(self._experts)
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._before: list[tuple[Any, Any]] = []
         for i, (router, experts) in enumerate(found):
@@ -51,9 +60,8 @@ class Reroute:
             self._handles.append(router.register_forward_hook(self._turn(i, experts, change)))
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.real, self.known = padding(kwargs) if self.known is None else self.known, None
-        given: Any = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
-        self.shape = tuple(given.shape[:2])
+        self.shape = shape(args, kwargs)
+        self.real, self.known = padding(kwargs.get("attention_mask"), self.shape[1]) if self.known is None else self.known, None
 
     def _turn(self, layer: int, experts: nn.Module, change: Change) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
@@ -70,7 +78,8 @@ class Reroute:
             h.remove()
         for config, name in reversed(self._before):
             config._experts_implementation = name
-        self._handles, self._before = [], []
+        _TAKEN.difference_update(self._experts)
+        self._handles, self._before, self._experts = [], [], []
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     """Indices (T, k) of the largest scores, best first; equal scores: lower index first, on every device."""
     if k > scores.shape[-1]:
         raise UserError(f"top_k={k} but there are {scores.shape[-1]} experts", how="lower top_k")
-    scores = scores.detach()
+    scores = scores.detach().clamp(min=torch.finfo(scores.dtype).min)  # above what marks those that are taken
     if k > 4:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     found = [scores.argmax(-1)]  # argmax promises the first maximum
@@ -159,7 +159,7 @@ def select(
     if groups > 1:
         if E % groups or top_groups * (E // groups) < k:
             raise UserError(f"{E} experts in {groups} groups, {top_groups} of them open, cannot give {k}", how="change the groups")
-        best = choice.view(T, groups, -1)
+        best = choice.view(T, groups, E // groups)
         value = best.topk(min(2, best.shape[-1]), -1).values.sum(-1)
         open_ = torch.zeros_like(value, dtype=torch.bool).scatter_(1, top_k(value, top_groups), True)
         choice = choice.masked_fill(~open_.repeat_interleave(E // groups, 1), -math.inf)

@@ -35,10 +35,15 @@ def routers(model: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
-def padding(kwargs: dict[str, Any]) -> Tensor | None:
-    """Which tokens are real, (B, T) bool, from the arguments of a model's call; None where nothing says so."""
-    mask = kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+def shape(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Rows and columns of a model's call."""
+    given: Any = next(t for t in (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
+    return tuple(given.shape[:2])  # type: ignore[return-value]
+
+
+def padding(mask: Any, length: int) -> Tensor | None:
+    """Which tokens are real, (B, length) bool, from a call's attention mask, which has cached tokens too; None where it does not say."""
+    return mask[:, -length:].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 class Seen:
@@ -87,7 +92,7 @@ def watch(model: nn.Module, real: Tensor | None = None) -> Iterator[Seen]:
     handles: list[Any] = []
 
     def mask(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.real = real if real is not None else padding(kwargs)
+        seen.real = real if real is not None else padding(kwargs.get("attention_mask"), shape(args, kwargs)[1])
 
     def visit(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:

@@ -23,14 +23,14 @@ from modelwright.reshape.stock import choose
 
 @dataclass(frozen=True)
 class Knobs:
-    experts: int = knob(8, "experts per layer, from a dense model; from Mixtral they are given", low=2)
-    top_k: int = knob(2, "experts per token, from a dense model", low=2)
+    experts: int | None = knob(None, "experts per layer, from a dense model; empty: 8, or Mixtral's own", low=2)
+    top_k: int | None = knob(None, "experts per token, from a dense model; empty: 2, or Mixtral's own", low=2)
     p: int = knob(128, "width of the routers' state", low=1)
     cell: Literal["gru", "rnn", "lstm"] = knob("gru", "the recurrent cell, shared by all layers")
     passing: Literal["full", "detach", "none"] = knob("full", "what a layer gets of the state before; none is the paper's NP")
     residual: float = knob(0.0, "alpha: share of the previous layer's probabilities added to the scores", low=0)
     dense: list[int] = knob([], "layers that stay dense, from a dense model")
-    balance: float = knob(0.01, "coefficient of the Switch loss in the config, per layer, for training with router logits", low=0)
+    balance: float = knob(0.01, "router_aux_loss_coef of the config, which other trainers read; here train with tune.balance", low=0)
 
 
 def rmoe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
@@ -45,13 +45,17 @@ def rmoe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
         )
     if sparse and knobs.dense:
         raise UserError("dense is given and the model is a mixture of experts", "every layer has experts already", "leave dense out")
+    for name, given, own in (("experts", knobs.experts, anatomy.experts), ("top_k", knobs.top_k, anatomy.top_k)):
+        if sparse and given not in (None, own):
+            raise UserError(f"{name}={given} but the model has {name}={own}", "from a mixture of experts they stay", f"leave {name} out")
+    experts, top_k = knobs.experts or 8, knobs.top_k or 2
     if bad := [i for i in knobs.dense if not 0 <= i < len(anatomy.blocks)]:
         raise UserError(f"dense has layer {bad[0]}", f"the model has layers 0 to {len(anatomy.blocks) - 1}")
     if not sparse and len(set(knobs.dense)) == len(anatomy.blocks):
         raise UserError("dense names every layer", "no layer is left for experts", "leave some out")
-    if not sparse and knobs.top_k > knobs.experts:
-        raise UserError(f"top_k={knobs.top_k} but there are {knobs.experts} experts", how="lower top_k or raise experts")
-    stock = source.hf_config if sparse else choose(source, anatomy, knobs.experts, knobs.top_k, "mixtral").config
+    if not sparse and top_k > experts:
+        raise UserError(f"top_k={top_k} but there are {experts} experts", how="lower top_k or raise experts")
+    stock = source.hf_config if sparse else choose(source, anatomy, experts, top_k, "mixtral").config
     settings = {k: v for k, v in stock.to_dict().items() if k not in ("model_type", "architectures")}
     settings |= {"router_width": knobs.p, "router_cell": knobs.cell, "router_passing": knobs.passing, "router_residual": knobs.residual}
     settings |= {"dense_layers": sorted(set(knobs.dense)), "router_aux_loss_coef": knobs.balance}
@@ -67,8 +71,8 @@ def rmoe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
         if b.index in knobs.dense:
             weights |= {f"{at}{n}_proj.weight": t for n, t in (("gate", gate), ("up", up), ("down", down))}
         else:
-            weights[f"{at}experts.gate_up_proj"] = torch.cat([gate, up]).expand(knobs.experts, -1, -1)
-            weights[f"{at}experts.down_proj"] = down.expand(knobs.experts, -1, -1)
+            weights[f"{at}experts.gate_up_proj"] = torch.cat([gate, up]).expand(experts, -1, -1)
+            weights[f"{at}experts.down_proj"] = down.expand(experts, -1, -1)
     missing, unknown = model.load_state_dict(weights, strict=False)
     if unknown or [n for n in missing if ".mlp.gate." not in n and ".router_cell." not in n and n != "lm_head.weight"]:
         raise RuntimeError(f"weights without a place: {unknown}; without a value: {missing}")

@@ -3,13 +3,14 @@
 What for: continued training of experts, where load drifts. transformers' own loss pools the layers before the product and
 counts only the micro-batch at hand (see modelwright.moe.balance for the definitions, conventions and sources).
 
-- switch: E sum f P of each layer, mean over layers; f over the micro-batch of this process.
+- switch: E sum f P of each layer, mean over layers; f over the micro-batch of this process. P is of the scores that the
+  router has: a softmax, or DeepSeek-V3's sigmoid over its sum for routers with a bias of the selection.
 - global: the same with f over every micro-batch and process of an optimizer step (2501.11873). The counts of a step are
   only known at its end, so f is the running one: all micro-batches of the step so far. One micro-batch a step is exact.
 - sequence: inside each sequence (DeepSeek-V3, 1e-4).   - z: squared logsumexp (ST-MoE, 1e-3).
 - cv: squared coefficient of variation of the importance (Shazeer, 1e-2).
 - bias: no loss. Each expert's bias of the selection moves by `rate` against its load after each step (2408.15664). Only for
-  models with such a bias (DeepSeek-V3, GLM-4-MoE, dots): transformers ships the buffer and no updater.
+  models with such a bias (GLM-4-MoE, dots): transformers ships the buffer and no updater.
 
 Load, MaxVio, entropy, dead experts and pictures are in the facts. Recomputed passes count once.
 """
@@ -32,10 +33,15 @@ from modelwright.moe.watch import routers
 @dataclass(frozen=True)
 class Knobs(Tune):
     kind: Literal["switch", "global", "sequence", "z", "cv", "bias"] = knob("global", "which loss, or the bias without one")
-    coefficient: float = knob(0.01, "of the loss; its mean over layers is taken", low=0)
+    coefficient: float = knob(0.01, "of the loss; its mean over layers is taken", low=0, high=1000)
     convention: Literal["switch", "hf"] = knob("switch", "switch and global: 1 at uniform, or transformers' top_k times that")
     rate: float = knob(1e-3, "bias: u, the step of the bias", low=0)
     centred: bool = knob(True, "bias: keep its mean at 0")
+
+
+def _biased(router: Any) -> bool:
+    """Whether a router has DeepSeek-V3's bias of the selection, and so its sigmoid scores."""
+    return getattr(router, "e_score_correction_bias", None) is not None
 
 
 class Loss(LossTerm):
@@ -69,11 +75,11 @@ class Balance(Technique):
         if not anatomy.experts:
             raise UserError(f"balance: {type(anatomy.model).__name__} has no experts", how="give a mixture of experts")
         self.model, found = model, [r for _, r in routers(model)]
-        if self.knobs.kind == "bias" and any(getattr(r, "e_score_correction_bias", None) is None for r in found):
+        if self.knobs.kind == "bias" and not all(_biased(r) for r in found):
             raise UserError(
                 f"{type(anatomy.model).__name__} has no bias to balance with",
                 "its routers select by their scores alone",
-                "set kind: global, or give a DeepSeek-V3 or GLM-4-MoE style model",
+                "set kind: global, or give a GLM-4-MoE or dots style model",
             )
         self.experts = anatomy.experts
         self.step = balance.GlobalCounts(len(found), self.experts)
@@ -105,6 +111,9 @@ class Balance(Technique):
         if k == "z":
             return balance.z(logits.float(), flat)
         probs = logits.float().softmax(-1)
+        if _biased(self.routers[layer]):
+            probs = logits.float().sigmoid()
+            probs = probs / probs.sum(1, keepdim=True)
         if k == "sequence":
             return balance.per_sequence(probs.view(*real.shape, -1), index.view(*real.shape, -1), real)
         if k == "cv":

@@ -4,7 +4,8 @@ What for: fine-tuning an existing mixture of experts. Where the router's scores 
 arbitrary; broadcasting lets every expert learn to serve these tokens. The result is a stock model.
 
 The rule, what the official code does instead of it, and what is ours: modelwright.moe.uncertain. The published scripts use
-H* = 1.6 (GLUE) and 1.8 (summaries, questions) for 8 experts, whose largest entropy is ln 8 = 2.08.
+H* = 1.6 (GLUE) and 1.8 (summaries, questions) for 8 experts, whose largest entropy is ln 8 = 2.08. Routers whose scores are
+no softmax (GLM-4-MoE) are refused at the first pass: the rule has no probabilities to send a token with.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from modelwright.core.errors import UserError
 from modelwright.core.knobs import Tune, knob
 from modelwright.moe.routing import CHOSEN, Routing
 from modelwright.moe.uncertain import broadcast, uncertain
@@ -20,9 +22,9 @@ from modelwright.tune.routing import Rerouted
 
 @dataclass(frozen=True)
 class Knobs(Tune):
-    threshold: float = knob(1.5, "H*: entropy from which a token is broadcast, in the unit below", low=0)
+    threshold: float | None = knob(None, "H*: entropy from which a token is broadcast, in the unit below; empty: 1.5 nats", low=0)
     unit: Literal["nats", "normalised", "share"] = knob("nats", "nats, share of ln E, or share of the tokens that is broadcast")
-    limit: int | None = knob(None, "at most so many tokens per sequence, in order of position; empty: no limit", low=0)
+    limit: int | None = knob(None, "at most so many tokens per sequence, in order of position; empty: no limit", low=1)
     mode: Literal["broadcast", "released"] = knob("broadcast", "the paper's rule, or what the official code computes")
     match_scale: bool = knob(False, "give the broadcast the sum of the weights that were chosen")
 
@@ -34,10 +36,14 @@ class GwMoe(Rerouted):
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
+        if knobs.unit != "nats" and (knobs.threshold is None or knobs.threshold > 1):
+            why = "the default of 1.5 is in nats" if knobs.threshold is None else f"threshold={knobs.threshold} is no share"
+            raise UserError(f"gw_moe: unit={knobs.unit} needs a threshold from 0 to 1", why, "give one")
+        self.threshold = 1.5 if knobs.threshold is None else knobs.threshold
 
     def change(self, layer: int, logits: Tensor, weights: Tensor, index: Tensor, real: Tensor | None) -> Routing | None:
         k = self.knobs
-        where = uncertain(logits.float().softmax(-1), k.threshold, k.unit, k.limit, real, self.hooks.shape[1])
+        where = uncertain(logits.float().softmax(-1), self.threshold, k.unit, k.limit, real, self.hooks.shape[1])
         return broadcast(logits, weights, index, where, mode=k.mode, match_scale=k.match_scale, real=real)
 
     def share(self) -> float:
@@ -45,12 +51,14 @@ class GwMoe(Rerouted):
         return 1 - int(self.routed[CHOSEN]) / max(self.tokens * self.top_k, 1)
 
     def liveness(self, moved: dict[str, Tensor]) -> str:
-        return f"{super().liveness(moved)}; {self.share():.1%} of the tokens were uncertain"
+        share = self.share()
+        said = f"{share:.1%} of the tokens were uncertain" if share else "NO token was uncertain, so this step was plain training"
+        return f"{super().liveness(moved)}; {said}"
 
     def facts(self) -> dict[str, Any]:
         return {
             "share of uncertain tokens": self.share(),
-            "threshold": self.knobs.threshold,
+            "threshold": self.threshold,
             "unit": self.knobs.unit,
             "mode": self.knobs.mode,
         }

@@ -10,10 +10,11 @@ The equations, the sign of the constraint (why prefer_match is the default) and 
 The official code counts padding, draws a dropout mask per expert, and breaks on an odd number of experts.
 
 The type of a sample is a column of the data (`types`, 0 or 1); a row with `instruction` and `output` learns the output
-only. The result is one of our classes, or with merge "uniform" a plain model whose gate was dropped.
+only. Where the two are longer than the context the instruction loses its beginning, then the output its end; both are
+counted. The result is one of our classes, or with merge "uniform" a plain model whose gate was dropped.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,13 +100,14 @@ class LoraMoe(Technique):
             )
         get = lambda name: column(data.path, table, name)[: data.limit]  # type: ignore[arg-type] # noqa: E731
         asked, told = (get("instruction"), get("output")) if pairs and not data.column else ([], get(data.column or "text"))
-        texts = _texts(asked or [""] * len(told), told, tokenizer, train.context)
+        texts, facts = _texts(asked or [""] * len(told), told, tokenizer, train.context)
         if self.knobs.types is not None and self.types is None:  # the first source is the one to learn from
             found = get(self.knobs.types)
             if bad := [i for i, t in enumerate(found) if t not in (0, 1, "0", "1")]:
                 raise UserError(f"row {bad[0] + 1} of '{self.knobs.types}' is {found[bad[0]]!r}", "a type is 0 or 1")
             self.types = torch.tensor([int(t) for t in found])
-        return padded(texts, train.context)
+        made = padded(texts, train.context)
+        return replace(made, facts=made.facts | facts)
 
     def attach(self, model: Any, anatomy: Anatomy) -> Any:
         from modelwright.models.lora_moe import unlike
@@ -156,16 +158,26 @@ class LoraMoe(Technique):
         return unwrapped(model, self.names) if self.knobs.merge == "uniform" else packed(model, self.names, self.layers[0])
 
 
-def _texts(asked: list[Any], told: list[Any], tokenizer: Any, context: int) -> Texts:
+def _texts(asked: list[Any], told: list[Any], tokenizer: Any, context: int) -> tuple[Texts, dict[str, int]]:
     """Each instruction, an end token, the output, an end token; only the output and its end are learnt."""
     if tokenizer is None and not all(isinstance(t, list) for t in told):
         raise UserError("the checkpoint has no tokenizer", "the data is text", "add tokenizer files, or give a column of token ids")
     end = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = lambda t: list(t) if isinstance(t, list) else tokenizer(str(t), add_special_tokens=False)["input_ids"]  # noqa: E731
-    texts = Texts()
-    for a, b in zip(asked, told, strict=True):
-        first, last = (ids(a) + end) if a else [], ids(b) + end
-        first = first[: max(0, context - len(last))]  # the output is kept
-        texts.ids.append((first + last)[:context])
-        texts.weights.append(([0.0] * len(first) + [1.0] * len(last))[:context])
-    return texts
+
+    def ids(value: Any, row: int) -> list[int]:
+        if isinstance(value, list) and all(type(t) is int for t in value):
+            return list(value)
+        if value is None or isinstance(value, (list, dict)):
+            raise UserError(f"row {row + 1} holds {value!r}", "text or a list of token ids is needed", "fix or drop the row")
+        return tokenizer(str(value), add_special_tokens=False)["input_ids"]
+
+    texts, facts = Texts(), {"instructions cut at the context": 0, "outputs cut at the context": 0}
+    for i, (a, b) in enumerate(zip(asked, told, strict=True)):
+        first, last = (ids(a, i) + end) if a else [], ids(b, i) + end
+        over = len(first) + len(last) - context
+        facts["instructions cut at the context"] += over > 0 and bool(first)
+        facts["outputs cut at the context"] += len(last) > context
+        first, last = first[max(over, 0) :], last[:context]  # what is asked stands at the end of an instruction
+        texts.ids.append(first + last)
+        texts.weights.append([0.0] * len(first) + [1.0] * len(last))
+    return texts, facts

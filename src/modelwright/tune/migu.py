@@ -25,6 +25,7 @@ from modelwright.core.errors import UserError
 from modelwright.core.freeze import units
 from modelwright.core.knobs import Tune, knob
 from modelwright.core.technique import Named, Technique, plain_name
+from modelwright.moe.lora import LoraMoeLinear
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Migu(Technique):
                 f"migu cannot mask the experts of {type(anatomy.model).__name__}",
                 "all experts are one tensor and no layer has the output of one of them",
                 "set layers: attention",
+            )
+        if any(isinstance(m, LoraMoeLinear) for m in model.modules()):
+            raise UserError(
+                "migu cannot mask LoRAMoE's experts", "no layer has the output of one of them", "tune with one of the two, or merge first"
             )
         self.seed, self.targets = seed, self._targets(model, anatomy, wanted)
         self._sums = [torch.zeros(t.units) for t in self.targets]

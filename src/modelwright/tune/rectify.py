@@ -5,7 +5,8 @@ official code: modelwright.moe.rectify. Training and evaluation are under the ca
 modelwright.moe.reroute puts the same routing under it again. Published setting: factor 1.0, lr 1e-5 to 1e-6, cosine.
 
 fill_in and intra off is the plain capacity-limited router, the baseline. Weights are the softmax over all experts,
-renormalised over the kept ones, so give a model that renormalises (Mixtral, Qwen3-MoE, OLMoE with norm_topk_prob).
+renormalised over the kept ones, so a model that does otherwise even without a limit is refused at its first pass: one
+without norm_topk_prob (OLMoE, Qwen2-MoE), with sigmoid scores or a bias of the selection (GLM-4-MoE), RMoE with a residual.
 
 Over several processes each is one rank, as in the paper: slots are counted over all processes' tokens, in evaluation too,
 and intra prefers the experts of the process's own share, E / processes of them. Ours: each process still holds all experts
@@ -44,6 +45,7 @@ class Rectify(Rerouted):
 
     name = "rectify"
     evaluates = True
+    renormalises = True
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs

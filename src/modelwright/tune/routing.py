@@ -21,6 +21,7 @@ class Rerouted(Technique, ABC):
 
     name = "rerouted"
     evaluates = False  # whether evaluation is rerouted too
+    renormalises = False  # whether its weights sum to 1
 
     def select(self, model: Any, anatomy: Anatomy, seed: int) -> None:
         if not anatomy.experts:
@@ -30,6 +31,7 @@ class Rerouted(Technique, ABC):
         gated(model, "follow another routing")
         self.top_k = anatomy.top_k
         self.model, self.routed, self.tokens = model, torch.zeros(4, dtype=torch.long), 0
+        self._checked: set[int] = set()  # layers whose router was found to be a softmax
         self._mine = torch.zeros(5, dtype=torch.long)  # of this process's batch: rows by source, tokens
 
     def terms(self) -> list[LossTerm]:
@@ -48,6 +50,9 @@ class Rerouted(Technique, ABC):
     def _turn(self, layer: int, logits: Tensor, weights: Tensor, index: Tensor, real: Tensor | None) -> Routing | None:
         if not (self.model.training or self.evaluates):
             return None
+        if layer not in self._checked:
+            self._checked.add(layer)
+            self._require_softmax(logits.detach(), weights.detach(), index)
         routing = self.change(layer, logits, weights, index, real)
         if self.model.training and not recomputing():
             if routing is not None:
@@ -58,6 +63,19 @@ class Rerouted(Technique, ABC):
                 self.routed, self.tokens = self.routed + torch.tensor(routed), self.tokens + tokens
                 self._mine.zero_()
         return routing
+
+    def _require_softmax(self, logits: Tensor, weights: Tensor, index: Tensor) -> None:
+        """UserError unless a router chooses and weighs experts as the new rows are weighed, so that nothing else changes."""
+        given = weights.float() if self.renormalises else weights.float() / weights.float().sum(1, keepdim=True)
+        chosen, near = logits.float().gather(1, index), max(1e-4, 2 * torch.finfo(weights.dtype).eps)
+        best, found = logits.float().topk(index.shape[1]).values, chosen.sort(descending=True).values
+        if not (torch.allclose(given, chosen.softmax(1), 0, near, equal_nan=True) and torch.equal(best.nan_to_num(), found.nan_to_num())):
+            unnormalised = "norm_topk_prob is false, or " if self.renormalises else ""
+            raise UserError(
+                f"{self.name} does not go with the routers of {type(self.model).__name__}",
+                f"they do not weigh the best experts by a softmax over them: {unnormalised}scores are a sigmoid's or have a bias",
+                "give a Mixtral- or Granite-style model" + (", or set norm_topk_prob: true in config.json" if unnormalised else ""),
+            )
 
     def liveness(self, moved: dict[str, Tensor]) -> str:
         if not self.tokens:
