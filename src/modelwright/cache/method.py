@@ -93,13 +93,18 @@ class Read:
             self.attended = self.v.new_empty(B, K, g, most, self.v.shape[3])  # values may have a width of their own
         step = self.block or max(32, (_ON_CPU if device.type == "cpu" else _ELSEWHERE) // (B * H * T))
         ahead = torch.ones(step, step, dtype=torch.bool, device=device).triu(1)
+        room = torch.empty(B * H * min(step, most) * T, device=device)  # one for all blocks: fresh memory costs more than a product
         for at in range(T - most, T, step):  # the position of the first query of a block of b
             b = min(step, T - at)
             seen = at + b if causal else T
             q = (self.q[:, :, at - T + w : at + b - T + w] * self.scale).reshape(B, K, g * b, d)
-            s = (q @ self.k[:, :, :seen].transpose(2, 3)).float()  # (B, K, g b, seen)
+            s = room[: B * H * b * seen].view(B, K, g * b, seen)
+            if q.dtype == s.dtype:
+                torch.matmul(q, self.k[:, :, :seen].transpose(2, 3), out=s)
+            else:
+                s.copy_(q @ self.k[:, :, :seen].transpose(2, 3))
             if self.softcap:
-                s = torch.tanh(s / self.softcap) * self.softcap
+                s.div_(self.softcap).tanh_().mul_(self.softcap)
             if causal:
                 s.view(B, K, g, b, seen)[..., at:].masked_fill_(ahead[:b, :b], least)
             if self.lengths:
