@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import processes
 import pytest
@@ -96,7 +97,9 @@ def test_a_stopped_command_with_two_processes_goes_on_to_the_same_result(
     common += ["--train.epochs", "25", "--train.save-every", "1", "--train.lr", "1e-4"]
     one = [*common, "--to", str(tmp_path / "one"), "--train.batch", "4"]
     two = [*common, "--to", str(tmp_path / "two"), "--train.batch", "2", "--nproc", "2", "--train.strategy", strategy]
-    with subprocess.Popen([sys.executable, "-m", "modelwright", *two], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 - what a shell starts in the background ignores it
+    with subprocess.Popen([sys.executable, "-m", "modelwright", *two], **quiet, preexec_fn=heard) as run:
         while run.poll() is None and not list(tmp_path.glob("two.run/*/checkpoint-*/complete.json")):
             time.sleep(0.02)
         run.send_signal(how)
