@@ -88,3 +88,10 @@ def model_of(kind: str, *, seed: int = 0, dtype: str = "float32", device: str | 
         for name, p in model.named_parameters():
             p.copy_(torch.randn_like(p) * (0.15 if p.dim() > 1 else 0.1) + (1.0 if "norm" in name.lower() or "ln_" in name else 0.0))
     return model.to(getattr(torch, dtype)).eval()
+
+
+def sigmoid_moe() -> Any:
+    """A GLM-4-MoE, whose routers score by a sigmoid and have a bias of the selection, initialised as transformers does."""
+    torch.manual_seed(0)
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
+    return T.Glm4MoeForCausalLM(T.Glm4MoeConfig(**{**_GQA, **experts, "head_dim": 8, "n_shared_experts": 1}))

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from families import model_of
+from families import model_of, sigmoid_moe
 from modelwright.core import dist
 from modelwright.core.knobs import Train
 from modelwright.core.packing import Texts, packed
@@ -77,17 +76,8 @@ CASES: dict[str, tuple[str, Callable[[], list[Technique]], Callable[[], Rows], d
 REFUSED = {("fsdp2", "lora_moe")}
 
 
-def _glm() -> Any:
-    """Experts whose router has a bias."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 0, "n_shared_experts": 1}
-    return Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, **heads, **experts))
-
-
 def _model(family: str) -> Any:
-    model = _glm() if family == "glm4_moe" else model_of(family)
+    model = sigmoid_moe() if family == "glm4_moe" else model_of(family)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):  # each process draws its own
             module.p = 0.0

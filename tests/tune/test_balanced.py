@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import model_of
+from families import model_of, sigmoid_moe
 from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
@@ -122,21 +122,9 @@ def test_a_bias_is_refused_where_there_is_none_and_a_dense_model_too() -> None:
             Balance(knobs).select(model, Anatomy(model), 0)
 
 
-def _glm():
-    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Glm4MoeConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=0, n_shared_experts=1,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return Glm4MoeForCausalLM(config)
-
-
 def test_scores_of_sigmoid_routers_are_deepseek_v3_s() -> None:
     """P is the sigmoid over its sum (2412.19437, equations 17 to 20)."""
-    t, model = Balance(Knobs(kind="sequence")), _glm()
+    t, model = Balance(Knobs(kind="sequence")), sigmoid_moe()
     t.select(model, Anatomy(model), 0)
     logits, real = torch.randn(2 * 5, 4), torch.ones(2, 5, dtype=torch.bool)
     index = logits.topk(2).indices
@@ -167,7 +155,7 @@ def test_models_that_the_bias_names_are_taken(kind: str) -> None:
 
 
 def test_bias_moves_against_the_load_after_each_step(tmp_path) -> None:
-    model = _glm()
+    model = sigmoid_moe()
     with torch.no_grad():
         for layer in _skewed(model).model.layers:
             layer.mlp.gate.e_score_correction_bias.zero_()

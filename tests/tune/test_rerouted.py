@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from families import model_of
+from families import model_of, sigmoid_moe
 from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
@@ -131,18 +131,6 @@ def test_two_reroutings_of_one_model_are_refused_and_the_model_stays_untrained(n
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), model_of("mixtral").parameters(), strict=True))
 
 
-def _sigmoid():
-    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Glm4MoeConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=0, n_shared_experts=1,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return Glm4MoeForCausalLM(config)
-
-
 def _residual():
     from modelwright.models.rmoe import RMoEConfig, RMoEForCausalLM
 
@@ -157,9 +145,9 @@ def _residual():
     [
         ("rectify", lambda: model_of("olmoe")),
         ("rectify", lambda: model_of("qwen2_moe", norm_topk_prob=False)),
-        ("rectify", _sigmoid),
+        ("rectify", sigmoid_moe),
         ("rectify", _residual),
-        ("gw_moe", _sigmoid),
+        ("gw_moe", sigmoid_moe),
     ],
 )
 @pytest.mark.parametrize("evals", [False, True])
