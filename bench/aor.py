@@ -13,11 +13,11 @@ from random import Random
 import numpy as np
 
 from common import SHARED, save, spread
-from modelwright.core.stats import mcnemar
-from modelwright.judge import letters
-from modelwright.judge.answers import same
+from modelwright.core.numbers.stats import mcnemar
 from modelwright.judge.aor import Knobs, Request, Scores, run
-from modelwright.judge.chains import Question, coverage, measure, read_chains
+from modelwright.judge.chains import letters
+from modelwright.judge.chains.answers import same
+from modelwright.judge.chains.questions import Question, coverage, measure, read_chains
 from modelwright.judge.select import select
 
 FILE = SHARED / "selfconsistency" / "esc_gpt35_last_letters.jsonl.gz"

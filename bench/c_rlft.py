@@ -17,8 +17,7 @@ import torch
 
 import modelwright
 from common import Cache, save
-from modelwright import drivers
-from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
 
 ARMS = {
     "full": {},
@@ -72,7 +71,7 @@ def main() -> None:
     args.add_argument("--seeds", type=int, default=3)
     a = args.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     cache = Cache("c_rlft")
 
     def once(arm: str, seed: int) -> float:

@@ -11,12 +11,12 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from common import Cache, save, spread
-from modelwright import drivers
-from modelwright.cache.evict import evict
-from modelwright.cache.layer import take
-from modelwright.cache.measure import nbytes
-from modelwright.cache.method import Read
-from modelwright.cache.nacl import NACL
+from modelwright.cache.engine.evict import evict
+from modelwright.cache.engine.layer import take
+from modelwright.cache.engine.measure import nbytes
+from modelwright.cache.engine.method import Read
+from modelwright.cache.evictors.nacl import NACL
+from modelwright.core.model.checkpoint import silence_transformers
 
 SHAPES = {
     "stories260K": {
@@ -136,7 +136,7 @@ def main() -> None:
     args.add_argument("--tokens", type=int, default=24)
     a = args.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     known, rows, models = Cache("cache"), [], {}
 
     def model(shape: str) -> LlamaForCausalLM:

@@ -34,8 +34,8 @@ if library == "kvpress":
             "StreamingLLM": k.StreamingLLMPress(1 - keep, n_sink=4), "key norm": k.KnormPress(1 - keep)}
     block = {n: (lambda n=n: made[n](model)) if n != "none" else nullcontext for n in names}
 else:
-    from modelwright.cache.baselines import TOVA, KeyNorm, SnapKV, StreamingLLM
-    from modelwright.cache.evict import evict
+    from modelwright.cache.evictors.baselines import TOVA, KeyNorm, SnapKV, StreamingLLM
+    from modelwright.cache.engine.evict import evict
     made = {"SnapKV": SnapKV(keep=keep, observe=64, kernel=5, pooling="mean"), "TOVA": TOVA(keep=keep),
             "StreamingLLM": StreamingLLM(keep=keep, sinks=4), "key norm": KeyNorm(keep=keep)}
     block = {n: (lambda n=n: evict(model, made[n])) if n != "none" else nullcontext for n in names}

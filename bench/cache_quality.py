@@ -12,12 +12,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import SHARED, Cache, save
-from modelwright import drivers
-from modelwright.cache.measure import continued
-from modelwright.cache.names import named
-from modelwright.cache.suite import TASKS, make, solve
-from modelwright.core.checkpoint import Checkpoint
-from modelwright.core.stats import bootstrap_mean, wilson
+from modelwright.cache.engine.measure import continued
+from modelwright.cache.engine.suite import TASKS, make, solve
+from modelwright.cache.evictors.names import named
+from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+from modelwright.core.numbers.stats import bootstrap_mean, wilson
 
 SYMBOLS, LENGTH, TEXT, CONTEXT, GOES_ON = torch.arange(4, 132), 128, 64, 384, 97
 SHORT = {"observe": 8, "kernel": 3}  # the windows of the papers are as long as these prompts
@@ -82,7 +81,7 @@ def main() -> None:
     args.add_argument("--items", type=int, default=64)
     a = args.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     known = Cache("cache-quality")
     stories, rows_of_text = Checkpoint(SHARED / "stories260K" / "hf").model().eval(), text_rows()
     solved: dict = {}

@@ -10,7 +10,7 @@ import numpy as np
 
 from common import save, spread
 from modelwright.reward.calibrate import Calibrator
-from modelwright.reward.scores import pairs
+from modelwright.reward.table.scores import pairs
 
 SEEDS = [0, 1, 2]
 LOOPED = 200  # pairs that the published loop is timed on; its cost per pair is constant

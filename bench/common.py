@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from modelwright.core.lineage import versions
+from modelwright.core.model.lineage import versions
 
 RESULTS = Path(__file__).parent / "results"
 SHARED = Path(os.environ.get("MODELWRIGHT_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -32,7 +32,7 @@ def save(
 ) -> None:
     """Write bench/results/NAME.json. `claim` is what was to be shown, `outcome` what was seen, negative results included.
 
-    `plots`: see core/plots.py; `make proofs` draws them.
+    `plots`: see core/report/plots.py; `make proofs` draws them.
     """
     RESULTS.mkdir(exist_ok=True)
     result = {

@@ -14,8 +14,8 @@ import torch
 
 import modelwright
 from common import SHARED, Cache, save
-from modelwright import drivers
 from modelwright.core.knobs import Train
+from modelwright.core.model.checkpoint import silence_transformers
 
 TASKS = ["agnews", "sst-2", "amazon", "qqp", "mnli"]
 ARMS = {
@@ -38,7 +38,7 @@ def main() -> None:
     args.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     a = args.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     cache = Cache("continual")
     home = cache.file.with_suffix("")
     base = pretrained(home, a)

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from common import SHARED, Cache, save
-from modelwright import drivers, registry
-from modelwright.core import text
-from modelwright.core.checkpoint import Checkpoint
+from modelwright import registry
+from modelwright.core.data.read import read
+from modelwright.core.data.rows import Rows, tokenize
 from modelwright.core.knobs import Data, Train
-from modelwright.core.training import fit
+from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+from modelwright.core.train.loop import fit
 
 ARMS = {
     "full": ("full", {}),
@@ -42,9 +43,9 @@ def main() -> None:
     args.add_argument("--between", type=float, nargs="+", default=[1e-5, 3e-5, 1.7e-4, 6e-4, 1.7e-3], help="further rates of full tuning")
     a = args.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     source, cache = Checkpoint(SHARED / "stories260K" / "hf"), Cache("forgetting")
-    new = text.tokenize(text.read(Data(path=str(SHARED / "tinyshakespeare" / "input.txt"))), source.tokenizer(), 512, CONTEXT)
+    new = tokenize(read(Data(path=str(SHARED / "tinyshakespeare" / "input.txt"))), source.tokenizer(), 512, CONTEXT)
     train, held_out = new.split(len(new) - 64)
     evals = {"new": held_out, "old": samples(source)}
 
@@ -92,12 +93,12 @@ def main() -> None:
     )
 
 
-def samples(source: Checkpoint) -> text.Rows:
+def samples(source: Checkpoint) -> Rows:
     """Old task: 64 rows that the untouched model writes, at temperature 1."""
     torch.manual_seed(7)
     start = torch.full((64, 1), source.tokenizer().bos_token_id)
     ids = source.model().generate(start, do_sample=True, top_k=0, max_new_tokens=CONTEXT - 1, min_new_tokens=CONTEXT - 1)
-    return text.Rows(ids.int(), ids.int(), torch.full((64,), CONTEXT))
+    return Rows(ids.int(), ids.int(), torch.full((64,), CONTEXT))
 
 
 def frontier(ends: list[list[float]], new: float) -> float:

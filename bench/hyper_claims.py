@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from common import Cache, save
-from modelwright import drivers
-from modelwright.core.anatomy import add_role
-from modelwright.core.technique import Technique
+from modelwright.core.model.anatomy import add_role
+from modelwright.core.model.checkpoint import silence_transformers
+from modelwright.core.train.technique import Technique
 from modelwright.models.hyper_moe import HyperMoEConfig, HyperMoEForCausalLM
 from modelwright.moe.hyper import SetCode
 from modelwright.tune.balance import Balance
@@ -130,7 +130,7 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=150)
     a = arguments.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     cache = Cache("hyper_claims")
 
     def of(arm: str, lr: float, seed: int) -> dict[str, Any]:

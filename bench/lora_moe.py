@@ -18,13 +18,12 @@ import torch
 
 import forgetting
 from common import SHARED, Cache, save
-from modelwright import drivers
-from modelwright.core import text
-from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.data.read import read
+from modelwright.core.data.rows import Rows, collate, tokenize
 from modelwright.core.knobs import Data, Train
-from modelwright.core.text import collate
-from modelwright.core.trainer import forward
-from modelwright.core.training import fit
+from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+from modelwright.core.train.loop import fit
+from modelwright.core.train.trainer import forward
 from modelwright.curate.stdlib import Knobs as Stdlib
 from modelwright.curate.stdlib import stdlib
 from modelwright.moe.lora import mass
@@ -47,7 +46,7 @@ def made(arm: str) -> lora_moe.LoraMoe | lora.Lora:
 
 
 @torch.no_grad()
-def first_half(technique: lora_moe.LoraMoe, model: torch.nn.Module, rows: text.Rows, types: torch.Tensor) -> list[float]:
+def first_half(technique: lora_moe.LoraMoe, model: torch.nn.Module, rows: Rows, types: torch.Tensor) -> list[float]:
     """Share of the gates' mass on the first half of the experts, for samples of type 0 and 1, mean over layers."""
     model.train()  # gates are heard while training only; the seedling has no dropout but the adapters'
     sums, counts = torch.zeros(2), torch.zeros(2)
@@ -70,18 +69,18 @@ def main() -> None:
     args.add_argument("--between", type=float, nargs="+", default=[1.4e-3, 2.8e-3], help="further rates of LoRA, where its trade bends")
     a = args.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     source, cache = Checkpoint("seedling"), Cache("lora-moe")
     reader = lora_moe.LoraMoe(lora_moe.Knobs(types="task_type"))
     data = Data(path=str(SHARED / "loramoe_tiny" / "train.json"))
     rows = reader.rows(data, source.tokenizer(), 2048, Train(context=CONTEXT), 0)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    rows, types = text.Rows(rows.ids[order], rows.labels[order], rows.lengths[order]), reader.types[order]
+    rows, types = Rows(rows.ids[order], rows.labels[order], rows.lengths[order]), reader.types[order]
     train, test = rows.split(len(rows) - 200)
     with tempfile.TemporaryDirectory() as tmp:
         stdlib(Stdlib(parts=["docstrings"], share="heldout", characters=60_000), Path(tmp))
-        documents = text.read(Data(path=str(Path(tmp) / "dataset.jsonl"), column="text"))
-    old = text.tokenize(documents, source.tokenizer(), 2048, CONTEXT).split(96)[0]
+        documents = read(Data(path=str(Path(tmp) / "dataset.jsonl"), column="text"))
+    old = tokenize(documents, source.tokenizer(), 2048, CONTEXT).split(96)[0]
 
     def once(arm: str, lr: float, seed: int) -> dict:
         technique = made(arm)

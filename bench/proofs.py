@@ -27,7 +27,7 @@ def main() -> None:
         (pages / f"{file.stem}.html").write_text(page(result), encoding="utf-8")
         out += _claim(result)
     out += ["## Invariants", ""]
-    for e in registry.ENTRIES:
+    for e in registry.entries():
         out += [f"### `{e.name}`", ""]
         out += [line for proof in ROWS[e.name].proofs for line in _invariants(proof)] + [""]
     out += ["### The kernel", ""]
@@ -41,7 +41,7 @@ def main() -> None:
 
 def page(r: dict) -> str:
     """A benchmark's result as a page of its own."""
-    from modelwright.core.report import Report, Section
+    from modelwright.core.report.page import Report, Section
 
     table = {"title": "Results", "columns": r["columns"], "rows": r["rows"]}
     lists = [{"title": "Notes", "columns": [""], "rows": [[n] for n in r["notes"]], "prose": True}] if r["notes"] else []

@@ -8,22 +8,22 @@ from pathlib import Path
 import torch
 
 from common import SHARED, save
-from modelwright import drivers
-from modelwright.core import text
-from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.data.read import read
+from modelwright.core.data.rows import tokenize
 from modelwright.core.knobs import Data, Train
-from modelwright.core.training import fit
+from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+from modelwright.core.train.loop import fit
 from modelwright.tune.full import Full, Knobs
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     rows_out, worst = [], 0.0
     for name, base, column in (("stories260K", str(SHARED / "stories260K" / "hf"), None), ("seedling", "seedling", None)):
         checkpoint = Checkpoint(base)
         tokenizer = checkpoint.tokenizer()
-        rows = text.tokenize(text.read(Data(path=str(SHARED / "tinyshakespeare"), column=column)), tokenizer, len(tokenizer), 128)
+        rows = tokenize(read(Data(path=str(SHARED / "tinyshakespeare"), column=column)), tokenizer, len(tokenizer), 128)
         times: dict[bool, list[float]] = {True: [], False: []}
         for i in range(7):
             for record in (True, False) if i % 2 else (False, True):

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from common import Cache, save
-from modelwright import drivers
-from modelwright.core.training import evaluate_rows
+from modelwright.core.model.checkpoint import silence_transformers
+from modelwright.core.train.loop import evaluate_rows
 from modelwright.moe.rectify import rectify
 from modelwright.moe.reroute import rerouted
 from modelwright.moe.routing import CHOSEN, Routing
@@ -76,7 +76,7 @@ def main() -> None:
     arguments.add_argument("--top", type=int, nargs="+", default=[1], help="experts per token")
     a = arguments.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     cache = Cache("rectify_claims")
     table, words = [], []
     for k in a.top:

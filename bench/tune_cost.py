@@ -15,12 +15,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common import SHARED, save, spread
-from modelwright import drivers, registry
-from modelwright.core.checkpoint import Checkpoint
+from modelwright import registry
+from modelwright.core.data.packing import Texts, packed, padded
+from modelwright.core.data.rows import Rows
 from modelwright.core.knobs import Train
-from modelwright.core.packing import Texts, packed, padded
-from modelwright.core.text import Rows
-from modelwright.core.training import fit
+from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+from modelwright.core.train.loop import fit
 
 ARMS = {"full": ("full", {}), "HFT": ("hft", {}), "MIGU": ("migu", {}), "MIGU, guard update": ("migu", {"guard": "update"})}
 STEPS, SKIP = 7, 2
@@ -75,7 +75,7 @@ def main() -> None:
     args.add_argument("--rounds", type=int, default=5)
     a = args.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 2048, (STEPS * 4, 128), generator=g, dtype=torch.int32)
     rows = Rows(ids, ids.clone(), torch.full((len(ids),), 128))

@@ -17,11 +17,11 @@ import torch
 
 import modelwright
 from common import save
-from modelwright import drivers
-from modelwright.core import text
-from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.data.read import read
+from modelwright.core.data.rows import Rows, tokenize
 from modelwright.core.knobs import Data, Train
-from modelwright.core.training import fit
+from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+from modelwright.core.train.loop import fit
 from modelwright.curate.stdlib import Knobs as Stdlib
 from modelwright.curate.stdlib import stdlib
 from modelwright.moe.load import divergence, expert_load, max_violation
@@ -41,24 +41,24 @@ ARMS = {
 CONTEXT = 256
 
 
-def rows_of(folder: Path, tokenizer, share: str, limit: int | None = None) -> dict[str, text.Rows]:
+def rows_of(folder: Path, tokenizer, share: str, limit: int | None = None) -> dict[str, Rows]:
     found = {}
     for name, knobs in (
         ("source", Stdlib(parts=["source"], only=UNSEEN, share=share)),
         ("unicode", Stdlib(parts=["unicode"], share=share)),
     ):
         stdlib(knobs, folder)
-        documents = text.read(Data(path=str(folder / "dataset.jsonl"), column="text"))
+        documents = read(Data(path=str(folder / "dataset.jsonl"), column="text"))
         random.Random(0).shuffle(documents)
-        rows = text.tokenize(documents, tokenizer, len(tokenizer), CONTEXT)
+        rows = tokenize(documents, tokenizer, len(tokenizer), CONTEXT)
         found[name] = rows.split(limit)[0] if limit and len(rows) > limit else rows
     return found
 
 
-def join(parts: list[text.Rows]) -> text.Rows:
+def join(parts: list[Rows]) -> Rows:
     n = min(len(p) for p in parts)
     cut = [p.split(n)[0] for p in parts]
-    return text.Rows(
+    return Rows(
         torch.cat([p.ids for p in cut]), torch.cat([p.labels for p in cut]), torch.cat([p.lengths for p in cut]), sum(p.bytes for p in cut)
     )
 
@@ -70,7 +70,7 @@ def main() -> None:
     args.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     a = args.parse_args()
     torch.set_num_threads(1)
-    drivers.calm()
+    silence_transformers()
     with tempfile.TemporaryDirectory() as tmp:
         rows, outcome, notes = run(Path(tmp), a)
     save(
@@ -91,8 +91,8 @@ def run(tmp: Path, a: argparse.Namespace) -> tuple[list, str, list[str]]:
     domains = rows_of(tmp, tokenizer, "heldout", 16)
     new = join(list(domains.values()))
     stdlib(Stdlib(skip=UNSEEN, share="heldout"), tmp)
-    old = text.tokenize(text.read(Data(path=str(tmp / "dataset.jsonl"), column="text")), tokenizer, len(tokenizer), CONTEXT)
-    old = text.Rows(old.ids[::8], old.labels[::8], old.lengths[::8], old.bytes // 8)
+    old = tokenize(read(Data(path=str(tmp / "dataset.jsonl"), column="text")), tokenizer, len(tokenizer), CONTEXT)
+    old = Rows(old.ids[::8], old.labels[::8], old.lengths[::8], old.bytes // 8)
     done: dict[str, dict] = {}
 
     def once(arm: str, seed: int, lr: float) -> dict:

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common import SHARED, save, spread
-from modelwright.core.checkpoint import config_of, skeleton
+from modelwright.core.model.checkpoint import config_of, skeleton
 
 MERGEKIT = "mergekit==0.1.5"
 EXPERTS, TOP_K = 4, 2
@@ -66,8 +66,8 @@ OURS = f"""
 import json, sys, time
 start = time.perf_counter()
 from pathlib import Path
-from modelwright.core.checkpoint import Checkpoint
-from modelwright.core.writer import staging, write_tensors
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.writer import staging, write_tensors
 from modelwright.reshape.upcycle import Knobs, upcycle
 imported = time.perf_counter()
 source = Checkpoint(sys.argv[1])

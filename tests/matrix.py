@@ -31,7 +31,7 @@ ROWS: dict[str, Row] = {
     ),
     "reshape.upcycle": Row(
         {"experts": 4, "top_k": 2},
-        ("tests/reshape/test_upcycle.py", "tests/reshape/test_stock.py", "tests/reshape/test_routers.py"),
+        ("tests/reshape/test_upcycle.py", "tests/reshape/experts/test_stock.py", "tests/reshape/experts/test_routers.py"),
         loads_in={
             "llama": "MixtralForCausalLM",
             "mistral": "MixtralForCausalLM",
@@ -53,7 +53,7 @@ ROWS: dict[str, Row] = {
     ),
     "tune.full": Row(
         {"train": _TRAIN},
-        ("tests/core/test_training.py", "tests/tune/test_tune.py"),
+        ("tests/core/train/test_loop.py", "tests/tune/test_tune.py"),
         families=(*DENSE, "gpt2", "gpt_neox", "opt", "mixtral"),
         data=True,
     ),
@@ -66,7 +66,7 @@ ROWS: dict[str, Row] = {
     "tune.key_value": Row({"train": _TRAIN}, ("tests/tune/test_key_value.py",), families=(*DENSE, "gpt2", "phi3", "mixtral"), data=True),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
-        ("tests/tune/test_c_rlft.py", "tests/core/test_packing.py"),
+        ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),
         families=("seedling",),
         data="chats",
     ),
@@ -79,13 +79,13 @@ ROWS: dict[str, Row] = {
     ),
     "tune.gw_moe": Row(
         {"train": _TRAIN, "threshold": 0.5, "unit": "share"},
-        ("tests/tune/test_rerouted.py", "tests/moe/test_uncertain.py"),
+        ("tests/tune/rerouting/test_rerouted.py", "tests/moe/test_uncertain.py"),
         families=("mixtral", "qwen2_moe", "qwen3_moe", "granitemoe"),
         data=True,
     ),
     "tune.rectify": Row(
         {"train": _TRAIN, "factor": 0.5},
-        ("tests/tune/test_rerouted.py", "tests/moe/test_rectify.py", "tests/moe/test_parallel.py"),
+        ("tests/tune/rerouting/test_rerouted.py", "tests/moe/test_rectify.py", "tests/moe/test_parallel.py"),
         families=("mixtral", "qwen3_moe", "granitemoe"),
         data=True,
     ),
@@ -101,12 +101,17 @@ ROWS: dict[str, Row] = {
     "tune.lora": Row({"train": _TRAIN, "r": 2}, ("tests/tune/test_tune.py",), families=(*DENSE, "gpt2", "phi3"), data=True),
     "reward.calibrate": Row(
         {"scores": _PAIRS, "frac": 0.5},
-        ("tests/reward/test_calibrate.py", "tests/reward/test_scores.py", "tests/reward/test_wrapper.py"),
+        ("tests/reward/test_calibrate.py", "tests/reward/table/test_scores.py", "tests/reward/table/test_wrapper.py"),
         families=("",),
     ),
     "judge.llmbar": Row(
         {"replay": str(_TINY)},
-        ("tests/judge/test_llmbar.py", "tests/judge/test_verdict.py", "tests/judge/test_judges.py", "tests/judge/test_endpoint.py"),
+        (
+            "tests/judge/test_llmbar.py",
+            "tests/judge/ask/test_verdict.py",
+            "tests/judge/ask/test_judges.py",
+            "tests/judge/ask/test_endpoint.py",
+        ),
         families=("",),
     ),
     "judge.select": Row({"chains": str(_TINY / "chains.jsonl"), "kind": "letters"}, ("tests/judge/test_select.py",), families=("",)),
@@ -114,11 +119,16 @@ ROWS: dict[str, Row] = {
         {"chains": str(_TINY / "chains.jsonl"), "kind": "letters", "verifier": "letters"}, ("tests/judge/test_aor.py",), families=("",)
     ),
     "reward.bench": Row(
-        {"suite": "rewardbench", "scores": _PAIRS, "ratio": 0.5, "draws": 100}, ("tests/reward/test_bench.py",), families=("",)
+        {"suite": "rewardbench", "scores": _PAIRS, "ratio": 0.5, "draws": 100}, ("tests/reward/test_reward_bench.py",), families=("",)
     ),
     "cache.generate": Row(
         {"prompt": "def read(self, size=-1):\n" * 6, "keep": 0.3, "max_new_tokens": 4},
-        ("tests/cache/test_evict.py", "tests/cache/test_methods.py", "tests/cache/test_nacl.py", "tests/cache/test_generate.py"),
+        (
+            "tests/cache/engine/test_evict.py",
+            "tests/cache/evictors/test_baselines.py",
+            "tests/cache/evictors/test_nacl.py",
+            "tests/cache/test_generate.py",
+        ),
         families=("seedling",),
     ),
     "cache.bench": Row(
@@ -130,7 +140,7 @@ ROWS: dict[str, Row] = {
             "tasks": ["recall"],
             "rows": 2,
         },
-        ("tests/cache/test_suite.py", "tests/cache/test_cache_bench.py"),
+        ("tests/cache/engine/test_suite.py", "tests/cache/test_bench.py"),
         families=(*DENSE, "gpt2", "phi3", "gemma2", "mixtral"),
         data=True,
     ),

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelwright.core.anatomy import Anatomy
+from modelwright.core.data.rows import IGNORE, Rows, collate
 from modelwright.core.knobs import Train
-from modelwright.core.technique import LossTerm, Technique, plain_name
-from modelwright.core.text import IGNORE, Rows, collate
-from modelwright.core.trainer import forward
-from modelwright.core.training import Outcome, fit
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train.loop import Outcome, fit
+from modelwright.core.train.technique import LossTerm, Technique, plain_name
+from modelwright.core.train.trainer import forward
 
 
 class Fatal(Exception):

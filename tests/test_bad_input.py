@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from families import FAMILIES
-from modelwright import cli
+from modelwright.cli import app as cli
 
 Tiny = Callable[..., Path]
 Refuse = Callable[..., str]

@@ -1,5 +1,5 @@
 """python -m modelwright"""
 
-from modelwright.cli import main
+from modelwright.cli.app import main
 
 main()

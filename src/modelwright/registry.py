@@ -1,245 +1,118 @@
-"""Every method by name: where it lives, its paper, and what its result loads in. Nothing is imported until used."""
+"""Every method by name: one line each. Nothing is imported until used.
+
+Other packages add methods by an entry point of the group `modelwright.methods` that names a list of `method(...)` lines:
+
+    [project.entry-points."modelwright.methods"]
+    my_methods = "my_methods:METHODS"
+"""
 
 import ast
 import dataclasses
 import typing
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import Tune, build, knob
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One method. `takes`, `may_take` and `gives` name artifacts: checkpoint, dataset, scores; without `gives` it only measures."""
+class Shape:
+    """What a kind of method takes and gives: checkpoint, dataset, scores. One that gives nothing only measures."""
 
-    name: str
-    object: str
-    line: str
-    paper: str
-    takes: tuple[str, ...] = ("checkpoint",)
-    gives: tuple[str, ...] = ("checkpoint",)
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
     may_take: tuple[str, ...] = ()
     loads_in: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method: its name (family.method), one line, its papers (arXiv numbers or words), and the module that holds it."""
+
+    name: str
+    line: str
+    paper: str
+    shape: Shape
+    module: str
+    loads_in: str
 
     @property
     def family(self) -> str:
         return self.name.split(".")[0]
 
     @property
+    def takes(self) -> tuple[str, ...]:
+        return self.shape.takes
+
+    @property
+    def gives(self) -> tuple[str, ...]:
+        return self.shape.gives
+
+    @property
+    def may_take(self) -> tuple[str, ...]:
+        return self.shape.may_take
+
+    @property
     def file(self) -> Path:
-        module = self.object.split(":")[0]
-        return Path(__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        """The method's source file, found without importing it."""
+        package, *rest = self.module.split(".")
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(f"{self.name} has no source", f"the package {package} is not installed", "install it again")
+        return Path(list(spec.submodule_search_locations)[0]).joinpath(*rest).with_suffix(".py")
+
+
+def method(name: str, line: str, paper: str, shape: Shape, *, module: str = "", loads_in: str = "") -> Entry:
+    """One line of the table. The module is modelwright.FAMILY.METHOD unless given; its name METHOD is the function or class."""
+    return Entry(name, line, paper, shape, module or f"modelwright.{name}", loads_in or shape.loads_in)
 
 
 STOCK = "transformers, vLLM"
 OURS = "transformers, after `import modelwright.models`"
-ENTRIES = [
-    Entry(
-        "curate.stdlib",
-        "modelwright.curate.stdlib:stdlib",
-        "text that every Python installation carries, as a dataset",
-        "ours",
-        takes=(),
-        gives=("dataset",),
-        loads_in="datasets",
-    ),
-    Entry(
-        "reshape.fresh",
-        "modelwright.reshape.fresh:fresh",
-        "an untrained Llama and its own BPE tokenizer, sized by knobs",
-        "ours",
-        takes=("dataset",),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "reshape.upcycle",
-        "modelwright.reshape.upcycle:upcycle",
-        "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX",
-        "arXiv 2212.05055, 2502.19261, 2403.07816",
-        loads_in=STOCK,
-    ),
-    Entry(
-        "reshape.half_reset",
-        "modelwright.reshape.half_reset:half_reset",
-        "give a tuned model half of its pre-trained matrices back",
-        "arXiv 2404.18466",
-        loads_in=STOCK,
-    ),
-    Entry(
-        "reshape.edit",
-        "modelwright.reshape.edit:edit",
-        "teach one fact by moving the keys or the values of one layer's memories",
-        "arXiv 2402.12233",
-        loads_in=STOCK,
-    ),
-    Entry(
-        "reshape.rmoe",
-        "modelwright.reshape.rmoe:rmoe",
-        "experts whose routers are recurrent over depth, from a dense model or from Mixtral",
-        "arXiv 2408.06793",
-        loads_in=OURS,
-    ),
-    Entry(
-        "reshape.hyper_moe",
-        "modelwright.reshape.hyper_moe:hyper_moe",
-        "a Mixtral whose idle experts give each token an adapter, through a hypernetwork",
-        "arXiv 2402.12656",
-        loads_in=OURS,
-    ),
-    Entry("tune.full", "modelwright.tune.full:Full", "train every weight", "the baseline", takes=("checkpoint", "dataset"), loads_in=STOCK),
-    Entry(
-        "judge.continual",
-        "modelwright.judge.continual:continual",
-        "accuracy matrices of task sequences: AA, BWT, FWT, learning accuracy; or train a sequence and fill one",
-        "GEM 1706.08840, TRACE 2310.06762",
-        takes=(),
-        gives=(),
-        may_take=("checkpoint",),
-    ),
-    Entry(
-        "tune.mix",
-        "modelwright.tune.mix:Mix",
-        "several ways to tune in one step: selectors, update rules, loss terms and data policies together",
-        "ours",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "tune.hft",
-        "modelwright.tune.hft:Hft",
-        "half fine-tuning: freeze a random half of the matrices each round",
-        "arXiv 2404.18466",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "tune.migu",
-        "modelwright.tune.migu:Migu",
-        "only output units that fire strongly may move",
-        "arXiv 2406.17245",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "tune.key_value",
-        "modelwright.tune.key_value:KeyValue",
-        "tune the keys or the values of the feed-forward memories",
-        "arXiv 2402.12233",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "tune.c_rlft",
-        "modelwright.tune.c_rlft:CRlft",
-        "mixed-quality chats: the source as a condition and a weight, padding-free packing",
-        "arXiv 2309.11235",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "tune.gw_moe",
-        "modelwright.tune.gw_moe:GwMoe",
-        "tokens with an undecided router are sent to all experts while training",
-        "arXiv 2406.12375",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "tune.rectify",
-        "modelwright.tune.rectify:Rectify",
-        "train experts under a capacity, with dropped tokens and empty slots put to use",
-        "arXiv 2402.12399",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "tune.lora_moe",
-        "modelwright.tune.lora_moe:LoraMoe",
-        "LoRA experts with a soft router on a frozen dense model, in two groups for knowledge and for tasks",
-        "arXiv 2312.09979",
-        takes=("checkpoint", "dataset"),
-        loads_in=OURS,
-    ),
-    Entry(
-        "tune.balance",
-        "modelwright.tune.balance:Balance",
-        "keep the load of experts even: per-layer and global-batch losses, z-loss, or a bias without a loss",
-        "arXiv 2101.03961, 2501.11873, 2412.19437, 2202.08906, 2408.15664",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK,
-    ),
-    Entry(
-        "tune.lora",
-        "modelwright.tune.lora:Lora",
-        "train low-rank adapters through PEFT, saved as an adapter or merged",
-        "arXiv 2106.09685",
-        takes=("checkpoint", "dataset"),
-        loads_in=STOCK + ", PEFT",
-    ),
-    Entry(
-        "reward.calibrate",
-        "modelwright.reward.calibrate:calibrate",
-        "take a known bias, such as length, out of recorded reward scores",
-        "arXiv 2409.17407",
-        takes=(),
-        gives=("scores",),
-        loads_in="any reader of jsonl; reward functions and models through modelwright.reward.wrapper",
-    ),
-    Entry(
-        "reward.bench",
-        "modelwright.reward.bench:bench",
-        "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated",
-        "arXiv 2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475",
-        takes=(),
-        gives=(),
-    ),
-    Entry(
-        "judge.llmbar",
-        "modelwright.judge.llmbar:llmbar",
-        "how well a judge follows instructions: fifteen ways to ask, both orders; recorded runs recomputed",
-        "arXiv 2310.07641",
-        takes=(),
-        gives=(),
-        may_take=("checkpoint",),
-    ),
-    Entry(
-        "judge.select",
-        "modelwright.judge.select:select_step",
-        "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves",
-        "arXiv 2203.11171, 2210.00720, 2401.10480, 2305.11860",
-        takes=(),
-        gives=(),
-    ),
-    Entry(
-        "judge.aor",
-        "modelwright.judge.aor:aor_step",
-        "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling",
-        "arXiv 2405.12939",
-        takes=(),
-        gives=(),
-        may_take=("checkpoint",),
-    ),
-    Entry(
-        "cache.generate",
-        "modelwright.cache.generate:generate",
-        "continue a long prompt with most of its keys and values evicted: NACL and seven known ways",
-        "arXiv 2408.03675",
-        gives=(),
-    ),
-    Entry(
-        "cache.bench",
-        "modelwright.cache.bench:bench",
-        "what a checkpoint loses under each way to evict, on your text and on made tasks",
-        "arXiv 2408.03675",
-        gives=(),
-        may_take=("dataset",),
-    ),
+RESHAPES = Shape(takes=("checkpoint",), gives=("checkpoint",), loads_in=STOCK)
+CREATES = Shape(takes=("dataset",), gives=("checkpoint",), loads_in=STOCK)
+TUNES = Shape(takes=("checkpoint", "dataset"), gives=("checkpoint",), loads_in=STOCK)
+CURATES = Shape(gives=("dataset",), loads_in="datasets")
+SCORES = Shape(gives=("scores",), loads_in="any reader of jsonl; reward functions and models through modelwright.reward.table.wrapper")
+MEASURES = Shape()  # from recorded results alone
+JUDGES = Shape(may_take=("checkpoint",))
+PROBES = Shape(takes=("checkpoint",), may_take=("dataset",))
+SERVES = Shape(takes=("checkpoint",))
+# fmt: off
+METHODS = [
+    method("curate.stdlib", "text that every Python installation carries, as a dataset", "ours", CURATES),
+    method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", CREATES),
+    method("reshape.upcycle", "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX", "2212.05055, 2502.19261, 2403.07816", RESHAPES),
+    method("reshape.half_reset", "give a tuned model half of its pre-trained matrices back", "2404.18466", RESHAPES),
+    method("reshape.edit", "teach one fact by moving the keys or the values of one layer's memories", "2402.12233", RESHAPES),
+    method("reshape.rmoe", "experts whose routers are recurrent over depth, from a dense model or from Mixtral", "2408.06793", RESHAPES, loads_in=OURS),
+    method("reshape.hyper_moe", "a Mixtral whose idle experts give each token an adapter, through a hypernetwork", "2402.12656", RESHAPES, loads_in=OURS),
+    method("tune.full", "train every weight", "the baseline", TUNES),
+    method("tune.mix", "several ways to tune in one step: selectors, update rules, loss terms and data policies together", "ours", TUNES),
+    method("tune.hft", "half fine-tuning: freeze a random half of the matrices each round", "2404.18466", TUNES),
+    method("tune.migu", "only output units that fire strongly may move", "2406.17245", TUNES),
+    method("tune.key_value", "tune the keys or the values of the feed-forward memories", "2402.12233", TUNES),
+    method("tune.c_rlft", "mixed-quality chats: the source as a condition and a weight, padding-free packing", "2309.11235", TUNES),
+    method("tune.gw_moe", "tokens with an undecided router are sent to all experts while training", "2406.12375", TUNES),
+    method("tune.rectify", "train experts under a capacity, with dropped tokens and empty slots put to use", "2402.12399", TUNES),
+    method("tune.lora_moe", "LoRA experts with a soft router on a frozen dense model, in two groups for knowledge and for tasks", "2312.09979", TUNES, loads_in=OURS),
+    method("tune.balance", "keep the load of experts even: per-layer and global-batch losses, z-loss, or a bias without a loss", "2101.03961, 2501.11873, 2412.19437, 2202.08906, 2408.15664", TUNES),
+    method("tune.lora", "train low-rank adapters through PEFT, saved as an adapter or merged", "2106.09685", TUNES, loads_in=STOCK + ", PEFT"),
+    method("reward.calibrate", "take a known bias, such as length, out of recorded reward scores", "2409.17407", SCORES),
+    method("reward.bench", "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated", "2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475", MEASURES),
+    method("cache.generate", "continue a long prompt with most of its keys and values evicted: NACL and seven known ways", "2408.03675", SERVES),
+    method("cache.bench", "what a checkpoint loses under each way to evict, on your text and on made tasks", "2408.03675", PROBES),
+    method("judge.continual", "accuracy matrices of task sequences: AA, BWT, FWT, learning accuracy; or train a sequence and fill one", "GEM 1706.08840, TRACE 2310.06762", JUDGES),
+    method("judge.llmbar", "how well a judge follows instructions: fifteen ways to ask, both orders; recorded runs recomputed", "2310.07641", JUDGES),
+    method("judge.select", "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves", "2203.11171, 2210.00720, 2401.10480, 2305.11860", MEASURES),
+    method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
+# fmt: on
 FAMILIES = {
     "curate": "data: extraction, rules, quality",
     "reshape": "model to model",
@@ -252,28 +125,70 @@ FAMILIES = {
     "modalities": "tables, pixels, music, series",
 }
 
+ALIASES = {  # what people type for it elsewhere
+    "sft": "sft is tune.full here (or tune.lora)",
+    "finetune": "plain fine-tuning is tune.full here (or tune.lora)",
+    "qlora": "qlora is tune.lora with load_4bit: true here",
+    "openchat": "did you mean 'tune.c_rlft'?",
+    "merge": "Branch-Train-MiX merges experts: reshape.upcycle",
+}
+
+
+@cache
+def _installed() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """Our methods and those of installed packages, and a sentence for each package that could not be read."""
+    found, problems = {e.name: e for e in METHODS}, []
+    for point in metadata.entry_points(group="modelwright.methods"):
+        try:
+            added = list(point.load())
+            for e in added:
+                if not isinstance(e, Entry) or e.family not in FAMILIES:
+                    raise TypeError(f"{e!r} is no method of a family ({', '.join(FAMILIES)})")
+                if e.name in found:
+                    raise ValueError(f"{e.name} exists already")
+        except Exception as error:  # whatever another package does must not take the command line away
+            problems.append(f"the methods of {point.value} are left out: {short(error)}")
+        else:
+            found |= {e.name: e for e in added}
+    return tuple(found.values()), tuple(problems)
+
+
+def entries() -> tuple[Entry, ...]:
+    """All methods, those of installed packages included."""
+    return _installed()[0]
+
+
+def problems() -> tuple[str, ...]:
+    """A sentence for each installed package whose methods could not be read."""
+    return _installed()[1]
+
+
+def families() -> list[str]:
+    """The families that have methods, in order."""
+    return [f for f in FAMILIES if any(e.family == f for e in entries())]
+
 
 def entry(name: str) -> Entry:
     """The entry called `name`; UserError with the nearest name otherwise."""
-    for e in ENTRIES:
+    for e in entries():
         if e.name == name:
             return e
-    raise UserError(f"unknown step '{name}'", how=did_you_mean(name, [e.name for e in ENTRIES]))
+    hint = ALIASES.get(name) or ALIASES.get(name.split(".")[-1])
+    raise UserError(f"unknown step '{name}'", "; ".join(problems()), hint or did_you_mean(name, [e.name for e in entries()]))
 
 
 def tuning(name: str) -> Entry:
     """The way to tune called `name`, with or without its family."""
     e = entry(name if "." in name else f"tune.{name}")
     if e.family != "tune":
-        ways = ", ".join(one.name.split(".")[1] for one in ENTRIES if one.name.startswith("tune."))
+        ways = ", ".join(one.name.split(".")[1] for one in entries() if one.name.startswith("tune."))
         raise UserError(f"{e.name} is no way to tune", "it does not train", f"choose one of {ways}")
     return e
 
 
 def load(e: Entry) -> Any:
     """Import the method itself (this may import torch)."""
-    module, attribute = e.object.split(":")
-    return getattr(import_module(module), attribute)
+    return import_module(e.module).METHOD
 
 
 def mixed(mix: Any) -> list[tuple[Entry, Any]]:

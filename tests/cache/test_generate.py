@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from modelwright import cli
-from modelwright.cache.names import METHODS
+from modelwright.cache.evictors.names import METHODS
+from modelwright.cli import app as cli
 
 PROMPT = "def read(self, size=-1):\n    return self.buffer[:size]\n" * 5
 

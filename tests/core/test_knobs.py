@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from modelwright import recipe as recipes
 from modelwright import registry
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import MISSING, Data, Train, build, default_of, flat, knob, number, plain, resolve, type_name
+from modelwright.runner import recipe as recipes
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def test_plain_values_build_the_same_settings_again(values: dict[str, Any]) -> N
     assert build(Knobs, json.loads(json.dumps(plain(found)))) == found
 
 
-@pytest.mark.parametrize("entry", registry.ENTRIES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", registry.entries(), ids=lambda e: e.name)
 def test_defaults_of_every_method_build_themselves_again(entry: registry.Entry) -> None:
     kind = registry.knobs(entry)
     missing = [(n, f) for n, f in flat(kind) if default_of(f) is MISSING]
@@ -385,7 +385,7 @@ def test_types_are_named_as_people_say_them(kind: Any, name: str) -> None:
 
 def test_settings_are_checked_without_torch() -> None:
     code = (
-        "import sys; from modelwright import registry; [registry.knobs(e) for e in registry.ENTRIES]; "
+        "import sys; from modelwright import registry; [registry.knobs(e) for e in registry.entries()]; "
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ}, check=False).returncode == 0

@@ -11,12 +11,12 @@ import pytest
 
 import modelwright
 from modelwright.core.errors import UserError
-from modelwright.judge import letters
-from modelwright.judge.answers import Choice
 from modelwright.judge.aor import Knobs, Request, Scores, run
-from modelwright.judge.chains import Question, read_chains
-from modelwright.judge.critic import Critic, parse_scores, render
-from modelwright.judge.judges import Answer, Desk, Prompt
+from modelwright.judge.ask.judges import Answer, Desk, Prompt
+from modelwright.judge.chains import letters
+from modelwright.judge.chains.answers import Choice
+from modelwright.judge.chains.critic import Critic, parse_scores, render
+from modelwright.judge.chains.questions import Question, read_chains
 from modelwright.judge.select import select
 
 TINY = Path(__file__).parent / "tiny"

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from modelwright import registry
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.job import Job
 from modelwright.core.knobs import Train
-from modelwright.core.plots import draw
-from modelwright.core.technique import Technique
-from modelwright.judge import sequence
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.report.plots import draw
+from modelwright.core.train.technique import Technique
 from modelwright.judge.continual import Knobs, Run, Task, continual, found, read, read_task
-from modelwright.judge.sequence import Learner
+from modelwright.judge.tasks import sequence
+from modelwright.judge.tasks.sequence import Learner
 
 
 def measured(raw: Any, folder: Path) -> dict[str, Any]:

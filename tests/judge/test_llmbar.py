@@ -11,10 +11,10 @@ import pytest
 
 import modelwright
 from modelwright.core.errors import UserError
-from modelwright.judge.judges import Answer, Desk, Kept, Prompt
+from modelwright.judge.ask.judges import Answer, Desk, Kept, Prompt
+from modelwright.judge.ask.prompts import STRATEGIES
+from modelwright.judge.ask.verdict import measure, swap_names
 from modelwright.judge.llmbar import ask
-from modelwright.judge.prompts import STRATEGIES
-from modelwright.judge.verdict import measure, swap_names
 
 TINY = Path(__file__).parent / "tiny"
 GPT4 = """vanilla 93.5/97.0 73.1/89.0 77.2/90.6

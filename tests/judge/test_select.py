@@ -12,8 +12,8 @@ import pytest
 
 import modelwright
 from modelwright.core.errors import UserError
-from modelwright.judge.answers import extract, same
-from modelwright.judge.records import records
+from modelwright.judge.ask.records import records
+from modelwright.judge.chains.answers import extract, same
 from modelwright.judge.select import METHODS, majority_probability, select, vote
 
 TINY = Path(__file__).parent / "tiny"

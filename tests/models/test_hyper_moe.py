@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
+from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.moe.hyper import HyperNetwork, SetCode, adapt, distinct, table
 from modelwright.reshape.hyper_moe import Knobs, hyper_moe
 

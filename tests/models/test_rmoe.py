@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
+from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.models.rmoe import RMoEConfig, RMoEForCausalLM
 from modelwright.moe.execute import use
 from modelwright.moe.rmoe import RecurrentRouter, RouterCell, extra_parameters, gain_by_depth, mutual_information, similarity

@@ -14,7 +14,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from families import model_of
-from modelwright.core import dist
+from modelwright.core.train import dist
 from modelwright.moe.parallel import execute_over, gather, rectify_over, share, spread, sum_gradients
 from modelwright.moe.reroute import rerouted
 from modelwright.moe.routing import Routing, score, select

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modelwright.core.checkpoint import Checkpoint
-from modelwright.core.text import IGNORE, Rows
+from modelwright.core.data.rows import IGNORE, Rows
+from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.moe.load import divergence, expert_load, max_violation
 
 KINDS = ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]

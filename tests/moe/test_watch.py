@@ -5,7 +5,7 @@ import torch
 
 from families import model_of
 from modelwright.core.errors import UserError
-from modelwright.core.plots import draw
+from modelwright.core.report.plots import draw
 from modelwright.moe.watch import domain_plot, routers, watch
 
 

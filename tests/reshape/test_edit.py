@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from families import model_of
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import SEEDLING, Checkpoint
 from modelwright.core.errors import UserError
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import SEEDLING, Checkpoint
 from modelwright.reshape import edit as module
 from modelwright.reshape.edit import Knobs, edit, learn, log_likelihood, read_fact, scores
 from small import moved, weights

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
-from modelwright.core.freeze import halves, units
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.train.freeze import halves, units
 from modelwright.reshape.half_reset import Knobs, half_reset
 from small import same, weights
 

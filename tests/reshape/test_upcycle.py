@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modelwright
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
-from modelwright.core.writer import write_tensors
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.writer import write_tensors
 from modelwright.reshape.upcycle import Knobs, upcycle
 
 ROUTER = "block_sparse_moe.gate.weight"

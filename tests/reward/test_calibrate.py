@@ -9,10 +9,10 @@ import pytest
 
 import modelwright
 from modelwright.core.errors import UserError
-from modelwright.core.stats import spearman
+from modelwright.core.numbers.stats import spearman
 from modelwright.reward.calibrate import Calibrator, cross_fit, mean_difference
-from modelwright.reward.evidence import compare, rank_correlation
-from modelwright.reward.scores import pairs
+from modelwright.reward.table.evidence import compare, rank_correlation
+from modelwright.reward.table.scores import pairs
 
 
 def data(n: int = 300, seed: int = 0, ties: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

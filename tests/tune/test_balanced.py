@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from families import model_of, sigmoid_moe
-from modelwright.core.anatomy import Anatomy
+from modelwright.core.data.rows import Rows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
-from modelwright.core.text import Rows
-from modelwright.core.training import fit
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train.loop import fit
 from modelwright.moe.watch import watch
 from modelwright.tune.balance import Balance, Knobs
 
@@ -99,9 +99,9 @@ def test_our_own_mixtures_are_heard_and_balanced(kind: str, tmp_path) -> None:
 
 
 def test_the_recipe_of_rmoe_trains_with_the_loss() -> None:
-    from modelwright import recipe
+    from modelwright.runner import recipe
 
-    step = recipe.read(Path(recipe.__file__).parent / "recipes" / "rmoe.yaml").steps[-1]
+    step = recipe.read(recipe.RECIPES / "rmoe.yaml").steps[-1]
     assert (step.entry.name, step.knobs.kind, step.knobs.coefficient) == ("tune.balance", "switch", 0.01)
 
 

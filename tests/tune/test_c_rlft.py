@@ -9,13 +9,13 @@ import torch
 from transformers import AutoTokenizer
 
 from families import model_of
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.data.rows import IGNORE, Rows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
-from modelwright.core.technique import LossTerm, Technique
-from modelwright.core.text import IGNORE, Rows
-from modelwright.core.trainer import forward
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.train.technique import LossTerm, Technique
+from modelwright.core.train.trainer import forward
 from modelwright.tune.c_rlft import CRlft, Knobs, learning_rate
 from small import batches, far, go, passes, weights
 

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from families import model_of
-from modelwright.core.anatomy import Anatomy, Block
-from modelwright.core.checkpoint import skeleton
-from modelwright.core.freeze import Piece, halves, pieces_of, size_of, units
+from modelwright.core.model.anatomy import Anatomy, Block
+from modelwright.core.model.checkpoint import skeleton
+from modelwright.core.train.freeze import Piece, halves, pieces_of, size_of, units
 from modelwright.tune.hft import Hft, Knobs
 from small import Fatal, go, moved, rows, same, weights
 

@@ -8,10 +8,10 @@ import torch
 import transformers
 
 from families import FAMILIES, model_of
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import skeleton
 from modelwright.core.errors import UserError
-from modelwright.core.freeze import memory, size_of
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import skeleton
+from modelwright.core.train.freeze import memory, size_of
 from modelwright.tune.key_value import KeyValue, Knobs
 from small import go, moved, weights
 

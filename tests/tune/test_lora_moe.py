@@ -9,11 +9,11 @@ import torch.nn.functional as F
 
 import modelwright
 from families import model_of
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
-from modelwright.core.training import fit
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.train.loop import fit
 from modelwright.moe.lora import LoraMoeLinear, localized, mass, merged, trainable, wrap
 from modelwright.tune.lora_moe import Knobs, LoraMoe
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from families import model_of
-from modelwright.core.anatomy import Anatomy
+from modelwright.core.data.rows import Rows
 from modelwright.core.errors import UserError
-from modelwright.core.freeze import units
-from modelwright.core.technique import Technique
-from modelwright.core.text import Rows
-from modelwright.core.trainer import forward
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train.freeze import units
+from modelwright.core.train.technique import Technique
+from modelwright.core.train.trainer import forward
 from modelwright.tune.lora import Knobs as LoraKnobs
 from modelwright.tune.lora import Lora
 from modelwright.tune.migu import Knobs, Migu, kept

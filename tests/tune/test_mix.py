@@ -9,11 +9,12 @@ import torch
 
 import modelwright
 from families import model_of
-from modelwright import recipe, registry
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import Checkpoint
+from modelwright import registry
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.runner import recipe
 from modelwright.tune.c_rlft import CRlft
 from modelwright.tune.c_rlft import Knobs as CRlftKnobs
 from modelwright.tune.hft import Hft

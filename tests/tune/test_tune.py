@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import modelwright
-from modelwright.core import training
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import Checkpoint
+from modelwright.core.data.rows import Rows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
-from modelwright.core.text import Rows
-from modelwright.core.training import Outcome, fit
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.train import loop as training
+from modelwright.core.train.loop import Outcome, fit
 from modelwright.tune import lora
 
 KINDS = ["llama", "qwen2", "qwen3", "gpt2", "mixtral"]

@@ -2,7 +2,7 @@
 
 Each row of the text is read up to `context` tokens, evicted, and its real continuation read on: the negative log-likelihood
 in nats per token, how much it rises (with a bootstrap interval over rows, if there are two), and the share of tokens at which
-the likeliest one is the full cache's. `tasks` are asked with random token ids (cache/suite.py): passkey, retrieval, copy, and
+the likeliest one is the full cache's. `tasks` are asked with random token ids (cache/engine/suite.py): passkey, retrieval, copy, and
 recall, which only says something with --after. A budget that a method's protected tokens do not fit is left out and named.
 
 Ours; the methods are those of cache.generate. With --after every method fails at small budgets: nothing can choose what a
@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from modelwright.cache.evict import evict
-from modelwright.cache.measure import continued, fits_context
-from modelwright.cache.names import METHODS, named
-from modelwright.cache.suite import Items, make, solve
-from modelwright.core import text
+from modelwright.cache.engine.evict import evict
+from modelwright.cache.engine.measure import continued, fits_context
+from modelwright.cache.engine.suite import Items, make, solve
+from modelwright.cache.evictors.names import METHODS, named
+from modelwright.core.data.read import read
+from modelwright.core.data.rows import tokenize
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Data, knob
-from modelwright.core.stats import bootstrap_mean, wilson
+from modelwright.core.numbers.stats import bootstrap_mean, wilson
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _items(knobs: Knobs, model: Any, task: str, n: int, seed: int) -> Items:
 def _ids(knobs: Knobs, job: Job) -> torch.Tensor:
     length = knobs.context + knobs.continuation
     vocab = int(job.source.hf_config.get_text_config().vocab_size)
-    found = text.tokenize(text.read(knobs.data), job.source.tokenizer(), vocab, length)
+    found = tokenize(read(knobs.data), job.source.tokenizer(), vocab, length)
     whole = found.ids[found.lengths == length] if found.ids.shape[1] == length else found.ids[:0]
     if not len(whole):
         raise UserError(f"the text has no {length} tokens", "context and continuation do not fit it", "give more text, or lower them")
@@ -162,3 +163,6 @@ def _plot(rows: dict[tuple[str, float], dict[str, Any]], key: str, title: str, u
     end = [100.0, rows["full cache", 1.0][key]]
     series = {n: sorted([[100 * k, r[key]] for (m, k), r in rows.items() if m == n] + [end]) for n in names}
     return {"kind": "line", "title": title, "x": "% of the context kept", "y": unit, "series": series}
+
+
+METHOD = bench

@@ -1,8 +1,8 @@
 """Continue a prompt with most of its keys and values evicted once it is read; the model is not changed.
 
 --evict names the way: nacl (2408.03675), snapkv (2404.14469), h2o (2306.14048), streaming_llm (2309.17453), tova (2401.06104),
-pyramidkv (2406.02069), key_norm (2406.11430), random. What is the papers' and what is ours stands in cache/nacl.py and
-cache/baselines.py; settings of a method are given as --settings '{sinks: 8}'. --keep is the share of the prompt that stays, in
+pyramidkv (2406.02069), key_norm (2406.11430), random. What is the papers' and what is ours stands in cache/evictors/nacl.py and
+cache/evictors/baselines.py; settings of a method are given as --settings '{sinks: 8}'. --keep is the share of the prompt that stays, in
 every layer and head; --tokens a number instead. All of the prompt is attended to while it is read, so the first token of the
 answer is the model's own; the cache grows by each token written. --question is read after the eviction: one that the
 proxies of nacl or the window of snapkv cannot see. --compare writes the answer of the full cache beside it.
@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 
-from modelwright.cache.evict import evict
-from modelwright.cache.measure import fits_context, nbytes
-from modelwright.cache.names import named
+from modelwright.cache.engine.evict import evict
+from modelwright.cache.engine.measure import fits_context, nbytes
+from modelwright.cache.evictors.names import named
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
-from modelwright.core.text import check_vocabulary
+from modelwright.core.model.checkpoint import check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -142,3 +142,6 @@ def _finding(
 
 def _budget(knobs: Knobs) -> str:
     return f"{knobs.tokens} tokens" if knobs.tokens else f"{knobs.keep:.0%} of the prompt"
+
+
+METHOD = generate

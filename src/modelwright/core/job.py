@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modelwright.core.progress import Silent
+from modelwright.core.report.progress import Silent
 
 
 @dataclass
@@ -27,5 +27,5 @@ class Finding:
     text: str = ""  # one sentence that says what came out
     tiles: list[tuple[str, str, str]] = field(default_factory=list)  # value, what it is, remark
     tables: list[dict[str, Any]] = field(default_factory=list)  # title, columns, rows
-    plots: list[dict[str, Any]] = field(default_factory=list)  # see core/plots.py
+    plots: list[dict[str, Any]] = field(default_factory=list)  # see core/report/plots.py
     facts: dict[str, Any] = field(default_factory=dict)

@@ -134,3 +134,6 @@ def _unicode(knobs: Knobs) -> Documents:
 
 
 _KINDS = {"topics": _topics, "docstrings": _docstrings, "source": _source, "unicode": _unicode}
+
+
+METHOD = stdlib

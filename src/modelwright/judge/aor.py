@@ -35,8 +35,8 @@ from typing import Any, Literal
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
-from modelwright.judge.answers import Choice, extract
-from modelwright.judge.chains import Question, read_chains
+from modelwright.judge.chains.answers import Choice, extract
+from modelwright.judge.chains.questions import Question, read_chains
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def run(asked: list[Question], scorer: Scorer, knobs: Knobs, seed: int = 0, tick
 
 def aor_step(knobs: Knobs, job: Job) -> Finding:
     """AoR on recorded chains beside the votes that it is to beat, with a judge or a verifier."""
-    from modelwright.judge.budget import budget
-    from modelwright.judge.critic import open_scorer
+    from modelwright.judge.chains.budget import budget
+    from modelwright.judge.chains.critic import open_scorer
 
     if knobs.max < knobs.n:
         raise UserError(f"max={knobs.max} is less than n={knobs.n}", "n chains are sampled at first", "raise max or lower n")
@@ -206,3 +206,6 @@ def aor_step(knobs: Knobs, job: Job) -> Finding:
     with job.progress.task("judge.aor", len(asked)) as tick:
         chosen = run(asked, scorer, knobs, job.seed, tick)
     return budget(asked, chosen, scorer, knobs, job.seed)
+
+
+METHOD = aor_step

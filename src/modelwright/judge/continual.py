@@ -17,7 +17,7 @@ from typing import Any
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Train, knob
-from modelwright.core.lineage import write_json
+from modelwright.core.model.lineage import write_json
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def read_task(file: Path, limit: int) -> Task:
 
 def train_sequence(knobs: Knobs, job: Job) -> Run:
     """Train the tasks one after another, measure all after each. A stopped run goes on with the next stage."""
-    from modelwright.judge import sequence  # torch
+    from modelwright.judge.tasks import sequence  # torch
 
     tasks = [read_task(Path(t), knobs.limit) for t in knobs.tasks]
     assert job.technique
@@ -208,3 +208,6 @@ def train_sequence(knobs: Knobs, job: Job) -> Run:
             learner.tidy(i)
         learner.tidy(len(tasks))
     return Run([t.name for t in tasks], done["a"], done["start"], done["cut"])
+
+
+METHOD = continual

@@ -5,7 +5,7 @@ choose a judge and a way to ask it, before you trust its verdicts; `replay` reco
 
 The paper's: the strategies, the two orders, accuracy and agreement, averages as plain means over subsets, and the rule that
 a tie of ratings is half right. Swap asks with an explanation in both orders and, where the two disagree, once more with
-both explanations shown, again in both orders. The published code reads verdicts leniently (see judge/verdict.py);
+both explanations shown, again in both orders. The published code reads verdicts leniently (see judge/ask/verdict.py);
 `compat: official` reads live runs in the same way, and replays are always read so. Its temperature is 0 for the vendors'
 models, and sampling for open ones by their own defaults; ours is 0 for all.
 
@@ -24,13 +24,13 @@ import numpy as np
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
-from modelwright.core.lineage import write_json
-from modelwright.judge import prompts
-from modelwright.judge.judges import Answer, Desk, Prompt, failures, open_judge
-from modelwright.judge.prompts import STRATEGIES, Strategy
-from modelwright.judge.replay import pairs_of, replay
-from modelwright.judge.summary import Run, finding
-from modelwright.judge.verdict import UNPARSED, compare_ratings, parse_verdict, swap, swap_names
+from modelwright.core.model.lineage import write_json
+from modelwright.judge.ask import prompts
+from modelwright.judge.ask.judges import Answer, Desk, Prompt, failures, open_judge
+from modelwright.judge.ask.prompts import STRATEGIES, Strategy
+from modelwright.judge.ask.replay import pairs_of, replay
+from modelwright.judge.ask.summary import Run, finding
+from modelwright.judge.ask.verdict import UNPARSED, compare_ratings, parse_verdict, swap, swap_names
 
 
 @dataclass(frozen=True)
@@ -202,3 +202,6 @@ def _choose(name: str, known: list[str], what: str) -> str:
     if name.lower() not in known:
         raise UserError(f"unknown {what} '{name}'", how=did_you_mean(name.lower(), known))
     return name.lower()
+
+
+METHOD = llmbar

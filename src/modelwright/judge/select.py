@@ -25,8 +25,8 @@ from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.judge import aor
-from modelwright.judge.answers import Choice, Kind, extract
-from modelwright.judge.chains import COLUMNS, Question, coverage, measure, read_chains, table_row
+from modelwright.judge.chains.answers import Choice, Kind, extract
+from modelwright.judge.chains.questions import COLUMNS, Question, coverage, measure, read_chains, table_row
 
 METHODS = ("self_consistency", "complexity", "esc", "adaptive", "best_of_n", "aor")
 
@@ -158,3 +158,6 @@ def _curve(asked: list[Question], method: str, knobs: Knobs, most: int) -> list[
         settings = [{"confidence": c} for c in (0.7, 0.8, 0.9, 0.95, 0.99, 0.999)]
     points = [measure(asked, [_choose(q, method, replace(knobs, **s)) for q in asked], knobs.kind) for s in settings]
     return sorted([p["chains"], p["accuracy"]] for p in points)
+
+
+METHOD = select_step

@@ -14,7 +14,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralAttention, Mixtr
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.utils.output_capturing import OutputRecorder
 
-from modelwright.core.anatomy import add_role
+from modelwright.core.model.anatomy import add_role
 from modelwright.models.causal import Balanced
 from modelwright.moe.hyper import Adapters, HyperNetwork, SetCode, adapt, table
 

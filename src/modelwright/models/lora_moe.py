@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import initialization as init
 
-from modelwright.core.anatomy import add_role
+from modelwright.core.model.anatomy import add_role
 from modelwright.moe.lora import LoraMoeLinear, merged, wrap
 
 add_role(r"\.lora_(A|B|route)", "adapter")

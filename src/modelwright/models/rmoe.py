@@ -26,7 +26,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from modelwright.core.anatomy import add_role
+from modelwright.core.model.anatomy import add_role
 from modelwright.models.causal import Balanced, Routed
 from modelwright.moe.rmoe import RecurrentRouter, RouterCell
 

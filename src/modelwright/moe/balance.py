@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from modelwright.core import dist
+from modelwright.core.train import dist
 
 Convention = Literal["switch", "hf"]
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelwright.core.text import Rows, collate
-from modelwright.core.trainer import forward
+from modelwright.core.data.rows import Rows, collate
+from modelwright.core.train.trainer import forward
 from modelwright.moe.watch import watch
 
 

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError, did_you_mean
-from modelwright.core.freeze import memory, units
 from modelwright.core.knobs import knob
-from modelwright.core.writer import Built
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.writer import Built
+from modelwright.core.train.freeze import memory, units
 
 
 @dataclass(frozen=True)
@@ -135,3 +135,6 @@ def scores(model: Any, tokenizer: Any, fact: dict[str, Any]) -> dict[str, float]
             found[name] = float(((true > new) if name == "locality" else (new > true)).float().mean())
     mean = len(found) / sum(1 / v for v in found.values()) if min(found.values()) > 0 else 0.0
     return found | {"score": mean}
+
+
+METHOD = edit

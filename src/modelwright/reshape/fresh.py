@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from modelwright.core.data.read import read
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, knob
-from modelwright.core.text import read
-from modelwright.core.writer import Built
+from modelwright.core.model.writer import Built
 
 END = "<|endoftext|>"
 
@@ -78,3 +78,6 @@ def train_tokenizer(documents: list[str], vocab: int, context: int) -> Any:
     )
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END, model_max_length=context)
+
+
+METHOD = fresh

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import torch
 
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
-from modelwright.core.freeze import halves, units
 from modelwright.core.knobs import knob
-from modelwright.core.writer import Built
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.writer import Built
+from modelwright.core.train.freeze import halves, units
 
 
 @dataclass(frozen=True)
@@ -50,3 +50,6 @@ def half_reset(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, 
             new[at] = was[at]
             changed += new[at].numel()
     return Built(model, None, source, {"reset share": changed / anatomy.total(), "pieces": len(pieces)}), "changed function"
+
+
+METHOD = half_reset

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import knob
-from modelwright.core.writer import Built
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.writer import Built
 
 
 @dataclass(frozen=True)
@@ -51,3 +51,6 @@ def hyper_moe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, s
     new = sum(p.numel() for n, p in model.named_parameters() if ".code." in n or ".hyper." in n)
     promise = "same function" if knobs.init == "zero" else "changed function"
     return Built(model, None, source, {"hypernetwork parameters": new, "init": knobs.init}), promise
+
+
+METHOD = hyper_moe

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import knob
-from modelwright.core.writer import Built
-from modelwright.reshape.stock import choose
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.writer import Built
+from modelwright.reshape.experts.stock import choose
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,6 @@ def rmoe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
     facts = {"p": knobs.p, "cell": knobs.cell, "passing": knobs.passing, "dense layers": len(set(knobs.dense))}
     facts["router parameters"] = sum(p.numel() for n, p in model.named_parameters() if ".gate." in n or ".router_cell." in n)
     return Built(model, None, source, facts), "changed function" if sparse else "same function"
+
+
+METHOD = rmoe

@@ -25,13 +25,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modelwright.core.anatomy import Anatomy, Ffn
-from modelwright.core.checkpoint import Checkpoint
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import knob
-from modelwright.core.writer import Blueprint
-from modelwright.reshape.routers import from_data, from_gates, generator, plain_router
-from modelwright.reshape.stock import Target, choose
+from modelwright.core.model.anatomy import Anatomy, Ffn
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.writer import Blueprint
+from modelwright.reshape.experts.routers import from_data, from_gates, generator, plain_router
+from modelwright.reshape.experts.stock import Target, choose
 
 
 @dataclass(frozen=True)
@@ -228,3 +228,6 @@ def _config(target: Target) -> dict[str, Any]:
     import json
 
     return json.loads(target.config.to_json_string())
+
+
+METHOD = upcycle

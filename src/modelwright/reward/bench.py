@@ -5,8 +5,8 @@ intervals over prompts, for the raw scores and four corrections: the length pena
 followed by RC-LWR (arXiv 2409.17407, see reward.calibrate). frac 1.0, ratio 4 and windows of 20 scores are the paper's
 for RewardBench. Less correlation is what a calibration is for; more accuracy may follow or not.
 
-Suites: rewardbench, judgebench, rmbench (pairs; see reward/rewardbench.py, judgebench.py, rmbench.py for their files and
-how each sums up) and alpacaeval (win rates; see reward/alpaca.py). Where a subset of the published result needs the hub, a
+Suites: rewardbench, judgebench, rmbench (pairs; see reward/suites/rewardbench.py, judgebench.py, rmbench.py for their files and
+how each sums up) and alpacaeval (win rates; see reward/suites/alpaca.py). Where a subset of the published result needs the hub, a
 file in the published layout takes its place.
 """
 
@@ -19,16 +19,16 @@ import numpy as np
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
-from modelwright.core.stats import ranks
-from modelwright.reward.alpaca import alpacaeval
+from modelwright.core.numbers.stats import ranks
 from modelwright.reward.calibrate import Calibrator, cross_fit
-from modelwright.reward.evidence import compare, plot, shown
-from modelwright.reward.judgebench import judgebench
-from modelwright.reward.rewardbench import heads as rewardbench_heads
-from modelwright.reward.rewardbench import rewardbench
-from modelwright.reward.rmbench import rmbench
-from modelwright.reward.scores import Scores
-from modelwright.reward.suites import value_of
+from modelwright.reward.suites.alpaca import alpacaeval
+from modelwright.reward.suites.common import value_of
+from modelwright.reward.suites.judgebench import judgebench
+from modelwright.reward.suites.rewardbench import heads as rewardbench_heads
+from modelwright.reward.suites.rewardbench import rewardbench
+from modelwright.reward.suites.rmbench import rmbench
+from modelwright.reward.table.evidence import compare, plot, shown
+from modelwright.reward.table.scores import Scores
 
 NAMES = {"raw": "raw", "lwr": "RC-LWR", "mean": "RC-Mean", "penalty": "penalty", "penalty+lwr": "both"}
 
@@ -152,3 +152,6 @@ def _sentence(feature: str, models: dict[str, dict[str, Any]], both: list[str]) 
         f"RC-LWR: largest |Spearman(score, {feature})| {worst['raw']:.3f} -> {worst['lwr']:.3f}; "
         f"accuracy rises for {up} of {len(both)} reward models, clearly changed for {sure}."
     )
+
+
+METHOD = bench

@@ -7,7 +7,7 @@ whether the feature was a bias or a sign of quality. So both are printed, with i
 Paper: Huang et al., Post-hoc Reward Calibration: A Case Study on Length Bias, ICLR 2025, arXiv 2409.17407.
 A score is a true reward plus a bias that depends on a feature c of the response: r = r* + b(c). Where r* does not
 depend on c locally, b(c) is the local mean of r, and r - alpha b(c) is what remains. Two estimates of b:
-- lwr (RC-LWR): locally weighted regression of all scores on c, see core/curves.py; frac 1.0 on RewardBench, 0.3 on AlpacaEval.
+- lwr (RC-LWR): locally weighted regression of all scores on c, see core/numbers/curves.py; frac 1.0 on RewardBench, 0.3 on AlpacaEval.
 - mean (RC-Mean): the mean of all scores with |c' - c| <= d, d = mean |c_chosen - c_rejected| / ratio; a pair is left
   alone unless both its windows hold min_calibrate_num scores. Ratio 4 and 20 scores on RewardBench, 8 and 10 on AlpacaEval.
 - penalty: the baseline, 0.001 a character. Several features are treated one after the other, each with its alpha.
@@ -34,12 +34,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from modelwright.core.curves import Curve, lowess
 from modelwright.core.errors import UserError, short
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
-from modelwright.reward.evidence import compare, findings
-from modelwright.reward.scores import Scores, read
+from modelwright.core.numbers.curves import Curve, lowess
+from modelwright.reward.table.evidence import compare, findings
+from modelwright.reward.table.scores import Scores, read
 
 
 @dataclass(frozen=True)
@@ -272,3 +272,6 @@ def _checked(name: str, values: Any, n: int) -> np.ndarray:
     if len(bad := np.flatnonzero(~np.isfinite(out))):
         raise UserError(f"row {bad[0] + 1} of '{name}' is {out[bad[0]]}", "a finite number is needed", "fix or drop the row")
     return out
+
+
+METHOD = calibrate

@@ -21,11 +21,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modelwright.core import dist
-from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Tune, knob
-from modelwright.core.technique import LossTerm, Named, Technique
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train import dist
+from modelwright.core.train.technique import LossTerm, Named, Technique
 from modelwright.moe import balance
 from modelwright.moe.watch import routers
 
@@ -148,3 +148,6 @@ class Balance(Technique):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.total = state["total"]
+
+
+METHOD = Balance

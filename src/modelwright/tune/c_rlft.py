@@ -9,7 +9,7 @@ weights within a step matter: a step that holds sub-optimal chats alone trains a
     GPT4 User: how are you<|end_of_turn|>GPT4 Assistant: fine<|end_of_turn|>
 
 The released code stores weights in bf16 (0.1 becomes 0.1001) and its denominator in fp32, and drops the tail of each epoch;
-ours does neither. Rows are packed without padding by its multipack sampler (core/packing.py). Text of a message is never
+ours does neither. Rows are packed without padding by its multipack sampler (core/data/packing.py). Text of a message is never
 read as a special token. Ours: the result's chat template has the condition as a variable, the expert's by default.
 """
 
@@ -20,14 +20,15 @@ from typing import Any, Literal
 
 import torch
 
-from modelwright.core import dist
-from modelwright.core.anatomy import Anatomy
+from modelwright.core.data.packing import Texts, packed, padded
+from modelwright.core.data.read import is_text, read_table
+from modelwright.core.data.rows import Rows
+from modelwright.core.data.tables import column
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.knobs import Data, Train, Tune, knob
-from modelwright.core.packing import Texts, packed, padded
-from modelwright.core.tables import column
-from modelwright.core.technique import Technique
-from modelwright.core.text import Rows, is_text, read_table
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train import dist
+from modelwright.core.train.technique import Technique
 
 
 @dataclass(frozen=True)
@@ -176,3 +177,6 @@ _TEMPLATE = (
     "{%% else %%}{{ (c + ' ' if c else '') + m['role'].title() + ': ' + m['content'] + %s }}{%% endif %%}{%% endfor %%}"
     "{%% if add_generation_prompt %%}{{ (c + ' ' if c else '') + 'Assistant:' }}{%% endif %%}"
 )
+
+
+METHOD = CRlft

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from modelwright.core.knobs import Tune
-from modelwright.core.technique import Technique
+from modelwright.core.train.technique import Technique
 
 
 @dataclass(frozen=True)
@@ -18,3 +18,6 @@ class Full(Technique):
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
+
+
+METHOD = Full

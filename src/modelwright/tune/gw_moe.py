@@ -17,7 +17,7 @@ from modelwright.core.errors import UserError
 from modelwright.core.knobs import Tune, knob
 from modelwright.moe.routing import CHOSEN, Routing
 from modelwright.moe.uncertain import broadcast, uncertain
-from modelwright.tune.routing import Rerouted
+from modelwright.tune.rerouting.technique import Rerouted
 
 
 @dataclass(frozen=True)
@@ -62,3 +62,6 @@ class GwMoe(Rerouted):
             "unit": self.knobs.unit,
             "mode": self.knobs.mode,
         }
+
+
+METHOD = GwMoe

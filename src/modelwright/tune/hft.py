@@ -12,10 +12,10 @@ checkpoint's lineage; balance=params evens out the parameter count where key and
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from modelwright.core.anatomy import Anatomy
-from modelwright.core.freeze import Freezing, halves
 from modelwright.core.knobs import Tune, knob
-from modelwright.core.technique import Technique
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train.freeze import Freezing, halves
+from modelwright.core.train.technique import Technique
 
 
 @dataclass(frozen=True)
@@ -42,3 +42,6 @@ class Hft(Freezing):
 
     def facts(self) -> dict[str, Any]:
         return {"trainable share of the blocks": self._fraction, "frozen tensors": len(self.frozen)}
+
+
+METHOD = Hft

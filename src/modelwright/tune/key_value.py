@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
-from modelwright.core.freeze import Freezing, memory
 from modelwright.core.knobs import Tune, knob
-from modelwright.core.technique import Technique
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train.freeze import Freezing, memory
+from modelwright.core.train.technique import Technique
 from modelwright.tune import lora
 
 
@@ -84,3 +84,6 @@ class KeyValue(Freezing):
 
     def export(self, model: Any, folder: Path) -> Any:
         return self._lora.export(model, folder) if self.adapters else model
+
+
+METHOD = KeyValue

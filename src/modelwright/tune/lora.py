@@ -11,10 +11,10 @@ from typing import Any
 
 from peft import LoraConfig, get_peft_model
 
-from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import Tune, knob
-from modelwright.core.technique import Technique
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train.technique import Technique
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,6 @@ class Lora(Technique):
     def export(self, model: Any, folder: Path) -> Any:
         model.save_pretrained(folder / "adapter")
         return model.merge_and_unload()
+
+
+METHOD = Lora

@@ -21,13 +21,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modelwright.core.anatomy import Anatomy
+from modelwright.core.data.packing import Texts, padded
+from modelwright.core.data.read import is_text, read_table
+from modelwright.core.data.rows import Rows
+from modelwright.core.data.tables import column
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.knobs import Data, Train, Tune, knob
-from modelwright.core.packing import Texts, padded
-from modelwright.core.tables import column
-from modelwright.core.technique import LossTerm, Technique
-from modelwright.core.text import Rows, is_text, read_table
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train.technique import LossTerm, Technique
 from modelwright.moe.lora import localized, mass, wrap
 
 
@@ -181,3 +182,6 @@ def _texts(asked: list[Any], told: list[Any], tokenizer: Any, context: int) -> t
         texts.ids.append(first + last)
         texts.weights.append([0.0] * len(first) + [1.0] * len(last))
     return texts, facts
+
+
+METHOD = LoraMoe

@@ -19,12 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modelwright.core import dist
-from modelwright.core.anatomy import Anatomy, Part
 from modelwright.core.errors import UserError
-from modelwright.core.freeze import units
 from modelwright.core.knobs import Tune, knob
-from modelwright.core.technique import Named, Technique, plain_name
+from modelwright.core.model.anatomy import Anatomy, Part
+from modelwright.core.train import dist
+from modelwright.core.train.freeze import units
+from modelwright.core.train.technique import Named, Technique, plain_name
 from modelwright.moe.lora import LoraMoeLinear
 
 
@@ -220,3 +220,6 @@ def _out(part: Part) -> int:
 
 def _groups(part: Part) -> list[Tensor]:
     return [units(part, [name]).nonzero().flatten() for name in part.rows] or [torch.arange(_out(part))]
+
+
+METHOD = Migu

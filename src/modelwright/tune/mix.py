@@ -22,3 +22,6 @@ class Mix:
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
+
+
+METHOD = Mix

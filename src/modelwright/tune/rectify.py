@@ -20,14 +20,14 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from modelwright.core import dist
-from modelwright.core.anatomy import Anatomy
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Tune, knob
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train import dist
 from modelwright.moe.parallel import rectify_over
 from modelwright.moe.rectify import rectify
 from modelwright.moe.routing import FILLED, LOCAL, Routing
-from modelwright.tune.routing import Rerouted
+from modelwright.tune.rerouting.technique import Rerouted
 
 
 @dataclass(frozen=True)
@@ -80,3 +80,6 @@ class Rectify(Rerouted):
     def facts(self) -> dict[str, Any]:
         self.hooks.undo()  # the first process goes on alone, and its model must ask no other
         return self._shares()
+
+
+METHOD = Rectify

@@ -1,0 +1,1 @@
+"""Eviction under generate(): the cache layer, the attention function, the contract of a way to evict."""

@@ -1,0 +1,1 @@
+"""The ways to evict, one seam each."""

@@ -1,0 +1,1 @@
+"""Checkpoints: parameter roles, reading, writing, certificates, lineage, hooks."""

@@ -1,0 +1,160 @@
+"""A report: the same numbers on the terminal, as json and as one self-contained page (phone, dark mode, no network)."""
+
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from modelwright.core.report.plots import draw, number
+
+_STYLE = Path(__file__).parents[2] / "data" / "report.css"
+
+
+@dataclass
+class Section:
+    """A heading with a sentence, headline numbers, tables and plots (see core/report/plots.py)."""
+
+    title: str
+    text: str = ""
+    tiles: list[tuple[str, str, str]] = field(default_factory=list)  # value, what it is, remark
+    tables: list[dict[str, Any]] = field(default_factory=list)  # title, columns, rows
+    plots: list[dict[str, Any]] = field(default_factory=list)
+    verdict: bool | None = None
+
+
+@dataclass
+class Report:
+    """Sections in order and facts for the foot of the page."""
+
+    title: str
+    sections: list[Section] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    lead: str = ""
+
+    def step(self, entry: dict[str, Any]) -> None:
+        """A section from what a step left: certificate, evaluations, facts, tables, plots."""
+        tiles, tables, plots = (list(entry.get(k, [])) for k in ("tiles", "tables", "plots"))
+        s = Section(entry["step"], entry.get("text", ""), tiles, tables, plots)
+        facts = {k: v for k, v in _leaves(entry.get("facts", {})) if v is not None}
+        if entry.get("certificate"):
+            from modelwright.core.model.certificate import Certificate  # needs torch
+
+            c = Certificate(**entry["certificate"])
+            s.verdict, s.text = c.passed, _sentence(c)
+            s.tables.append(
+                {
+                    "title": f"Before and after; loads in {c.loads_in}",
+                    "columns": ["", "before", "after"],
+                    "rows": [list(r) for r in c.rows()],
+                }
+            )
+        if evals := entry.get("evals"):
+            names = list(dict.fromkeys(e["name"] for e in evals))
+            key, unit = ("bits_per_byte", "bits per byte") if all("bits_per_byte" in e for e in evals) else ("loss", "nats per token")
+            s.plots.append(
+                {
+                    "kind": "line",
+                    "title": "Held-out text while training",
+                    "x": "step",
+                    "y": unit,
+                    "series": {n: [[e["step"], e[key]] for e in evals if e["name"] == n] for n in names},
+                }
+            )
+            ends = {n: [e[key] for e in evals if e["name"] == n] for n in names}
+            s.tables.append(
+                {
+                    "title": f"Held-out text, {unit}",
+                    "columns": ["text", "start", "end"],
+                    "rows": [[n, f"{v[0]:.4f}", f"{v[-1]:.4f}"] for n, v in ends.items()],
+                }
+            )
+        for i, line in enumerate(entry.get("liveness", [])):
+            facts["first step" + f", {i + 1}" * (len(entry["liveness"]) > 1)] = line
+        if "seconds" in entry:
+            facts["seconds"] = entry["seconds"]
+        if facts:
+            s.tables.append({"title": "Facts", "columns": ["", ""], "rows": [[k, _show(v)] for k, v in facts.items()]})
+        self.sections.append(s)
+
+    def print(self, console: Any = None) -> None:
+        """The tables on the terminal."""
+        from rich.console import Console
+        from rich.table import Table
+
+        console = console or Console()
+        for s in self.sections:
+            mark = {True: "[green]proven[/]  ", False: "[red]failed[/]  ", None: ""}[s.verdict]
+            console.print(f"\n[bold]{s.title}[/]  {mark}{s.text}")
+            for value, what, remark in s.tiles:
+                console.print(f"  [bold]{value}[/] {what} {remark}")
+            for t in s.tables:
+                table = Table(
+                    title=t["title"], title_justify="left", title_style="dim", box=None, pad_edge=False, show_header=any(t["columns"])
+                )
+                for i, c in enumerate(t["columns"]):
+                    table.add_column(c, justify="left" if i == 0 or t["title"] == "Facts" or t.get("prose") else "right")
+                for row in t["rows"]:
+                    table.add_row(*map(str, row))
+                console.print(table)
+
+    def html(self) -> str:
+        """The page."""
+        body = "".join(_section(s) for s in self.sections)
+        foot = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_show(v))}</dd>" for k, v in self.facts.items())
+        return (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<meta name="color-scheme" content="light dark"><title>{escape(self.title)}</title><style>{_STYLE.read_text()}</style></head>'
+            f'<body><main><header><p class="brand">modelwright</p><h1>{escape(self.title)}</h1><p>{escape(self.lead)}</p></header>{body}'
+            f"<footer><details><summary>How this was made</summary><dl>{foot}</dl></details></footer></main></body></html>"
+        )
+
+
+def _sentence(c: Any) -> str:
+    if c.note:
+        return c.note[0].upper() + c.note[1:] + "."
+    if c.promise == "same function":
+        return (
+            f"The function is {'unchanged' if c.passed else 'NOT unchanged'}: logits differ by at most {c.max_abs_dlogit:.1e} on {c.probe}."
+        )
+    return f"The function changed, as it should: largest logit difference {c.max_abs_dlogit:.3g} on {c.probe}."
+
+
+def _leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for k, v in value.items():
+        name = f"{prefix}{k}".replace("_", " ")
+        out += _leaves(v, f"{name}: ") if isinstance(v, dict) else [(name, v)]
+    return out
+
+
+def _show(v: Any) -> str:
+    if isinstance(v, bool) or v is None:
+        return {True: "yes", False: "no", None: "none"}[v]
+    if isinstance(v, int):
+        return f"{v:,}"
+    if isinstance(v, float):
+        return f"{v:.4g}" if abs(v) < 1e5 else number(v)
+    return str(v)
+
+
+def _section(s: Section) -> str:
+    badge = {True: '<span class="badge good">proven</span>', False: '<span class="badge bad">failed</span>', None: ""}[s.verdict]
+    tiles = "".join(f'<div class="tile"><b>{escape(v)}</b><span>{escape(w)}</span><small>{escape(r)}</small></div>' for v, w, r in s.tiles)
+    tables = "".join(_table(t) for t in s.tables)
+    return (
+        f"<section><h2>{escape(s.title)} {badge}</h2>"
+        + (f"<p>{escape(s.text)}</p>" if s.text else "")
+        + (f'<div class="tiles">{tiles}</div>' if tiles else "")
+        + (f'<div class="plots">{"".join(map(draw, s.plots))}</div>' if s.plots else "")
+        + f"{tables}</section>"
+    )
+
+
+def _table(t: dict[str, Any]) -> str:
+    head = "".join(f"<th>{escape(str(c))}</th>" for c in t["columns"])
+    rows = "".join("<tr>" + "".join(f"<td>{escape(str(v))}</td>" for v in row) + "</tr>" for row in t["rows"])
+    inner = f"<table>{f'<thead><tr>{head}</tr></thead>' if any(t['columns']) else ''}<tbody>{rows}</tbody></table>"
+    if t["title"] == "Facts":
+        return f'<details><summary>{escape(t["title"])}</summary><div class="scroll plain">{inner}</div></details>'
+    return f'<h3>{escape(t["title"])}</h3><div class="scroll{" prose" if t.get("prose") else ""}">{inner}</div>'

@@ -1,0 +1,1 @@
+"""The training loop, the contract of a training method, processes and shards."""

@@ -1,0 +1,219 @@
+"""The contract of a training method, and how several are put together.
+
+A Technique has five optional parts: a data policy, an attachment, a selector, loss terms, an update rule. It says what it
+works with; `combine` refuses a pair that does not go together with a sentence. A loss term returns a sum and a count,
+never a mean: sums are divided by the count over the whole accumulation window and all processes.
+"""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modelwright.core.data.rows import IGNORE, Rows
+from modelwright.core.errors import UserError
+from modelwright.core.knobs import Data, Train
+from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.train import dist
+
+Named = Iterable[tuple[str, nn.Parameter]]
+_WRAPPERS = re.compile(r"(^|\.)(module|base_model\.model|_orig_mod|_checkpoint_wrapped_module)(?=\.)")
+_WHY = {
+    "zero0": "DeepSpeed runs the optimizer inside the backward pass, before a gradient can be edited",
+    "zero1": "DeepSpeed runs the optimizer inside the backward pass, before a gradient can be edited",
+    "zero2": "DeepSpeed takes the gradients away as they are made and runs the optimizer inside the backward pass",
+    "zero3": "DeepSpeed cuts parameters and gradients into flat pieces without names or shapes",
+    "4bit": "quantised weights cannot be trained, only adapters beside them",
+    "lora": "adapters freeze every base weight already",
+    "ddp": "it has no rule for several processes",
+    "fsdp2": "it has no rule for sharded weights",
+    "gradient_checkpointing": "activations are computed twice",
+    "fused": "it needs an optimizer that steps one tensor at a time",
+}
+_HOW = {
+    "zero": "use torchrun with train.strategy ddp or fsdp2",
+    "4bit": "load the model unquantised, or tune adapters",
+    "lora": "leave one of the two out",
+    "gradient_checkpointing": "set train.gradient_checkpointing to false",
+}
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name as in the plain model, without what wrappers (DDP, PEFT, compile) add."""
+    name = _WRAPPERS.sub("", name).removeprefix(".")
+    return name if ".lora_" in name else name.replace(".base_layer.", ".")
+
+
+class LossTerm:
+    """Next-token cross-entropy, and the shape of every other term: `count` from the batch alone, `sums` per example."""
+
+    name, weight = "lm", 1.0
+
+    def weights(self, batch: dict[str, Tensor]) -> Tensor:
+        """Weight of each predicted token, (B, T-1)."""
+        learnt = batch["labels"][:, 1:] != IGNORE
+        return learnt * batch["weights"][:, 1:] if "weights" in batch else learnt
+
+    def count(self, batch: dict[str, Tensor]) -> Tensor:
+        """What the sum is divided by, over window and processes: here the summed weights of the learnt tokens."""
+        return self.weights(batch).sum()
+
+    def losses(self, batch: dict[str, Tensor], outputs: Any) -> Tensor:
+        """Cross-entropy of each predicted token, unweighted, 0 where nothing is learnt; (B, T-1)."""
+        labels = batch["labels"][:, 1:]
+        flat = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
+        return flat.view_as(labels)
+
+    def sums(self, batch: dict[str, Tensor], outputs: Any) -> Tensor:
+        """Summed loss of each row, (B,)."""
+        return (self.losses(batch, outputs) * self.weights(batch)).sum(1)
+
+
+class Technique:
+    """A training-time method. Override what it changes; everything else stays plain training."""
+
+    name = "full"
+    supports = frozenset({"ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "fused", "gradient_checkpointing", "lora"})
+    adapters = False  # attaches low-rank adapters and freezes the base
+    tokenizer: Any = None  # set by `rows` where the method changes it; saved with the result
+    round = 0  # tuning steps that the model has been through before this one
+    first_task = False  # the first of a sequence of tasks
+
+    def rows(self, data: Data, tokenizer: Any, vocab: int, train: Train, seed: int) -> Rows | None:
+        """Data policy: the rows of a source; None leaves it to plain texts and chats."""
+        return None
+
+    def settings(self, rows: Rows, train: Train) -> Train:
+        """Data policy: training settings that follow from the rows."""
+        return train
+
+    def prepare(self, rows: Rows) -> Rows:
+        """Data policy: change or reorder rows that are made already."""
+        return rows
+
+    def attach(self, model: Any, anatomy: Anatomy) -> Any:
+        """Attachment: add modules, before anything is wrapped. Returns the model to train."""
+        return model
+
+    def select(self, model: Any, anatomy: Anatomy, seed: int) -> None:
+        """Selector: take requires_grad away, before the optimizer exists."""
+
+    def terms(self) -> list[LossTerm]:
+        """Loss terms added to the sum."""
+        return []
+
+    def before_batch(self, batch: dict[str, Tensor]) -> None:
+        """Called before each forward pass of training."""
+
+    def on_gradients(self, named: Named) -> None:
+        """Update rule: edit gradients, once per optimizer step, before clipping. Sharded ones are DTensors."""
+
+    def after_step(self, named: Named) -> None:
+        """Update rule: act on the weights after the optimizer's step."""
+
+    def liveness(self, moved: dict[str, Tensor]) -> str:
+        """A sentence that proves the method did something in the first step; raises RuntimeError when it did not.
+
+        `moved` tells for each parameter, by its plain name, which output units changed: (units,) bool.
+        """
+        n = sum(bool(m.any()) for m in moved.values())
+        if not n:
+            raise RuntimeError(f"{self.name}: no weight moved in the first step")
+        return f"{self.name}: {n} of {len(moved)} tensors moved"
+
+    @property
+    def edits(self) -> bool:
+        """Whether gradients or stepped weights are edited."""
+        return overrides(self, "on_gradients") or overrides(self, "after_step")
+
+    def facts(self) -> dict[str, Any]:
+        """What to report at the end."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors needed to resume."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo of state_dict."""
+
+    def export(self, model: Any, folder: Path) -> Any:
+        """The plain model to save; may write extra files into `folder`."""
+        return model
+
+
+def overrides(technique: Technique, part: str) -> bool:
+    """Whether a technique has a part of its own."""
+    return getattr(type(technique), part) is not getattr(Technique, part)
+
+
+def surroundings(model: Any, train: Train) -> set[str]:
+    """What the techniques must cope with: processes, sharding, DeepSpeed, recomputation, quantised weights."""
+    found = {"fused"} | ({"gradient_checkpointing"} if train.gradient_checkpointing else set())
+    if dist.world() > 1:
+        found.add(train.strategy)
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        found = found - {"ddp", "fsdp2"} | {f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"}
+    if getattr(model, "is_quantized", False):
+        found.add("4bit")
+    return found
+
+
+def combine(techniques: list[Technique], around: set[str]) -> None:
+    """Raise UserError unless every technique works in these surroundings and with the others; again after selection."""
+    for part, what in (("rows", "makes the rows"), ("attach", "attaches modules")):
+        owners = [t.name for t in techniques if overrides(t, part)]
+        if part == "rows" and len(owners) > 1:
+            raise UserError(f"{' and '.join(owners)} do not combine", f"each {what} its own way", "choose one of them")
+    for t in techniques:
+        needs = around | ({"lora"} if any(o.adapters for o in techniques if o is not t) else set())
+        bad = next((n for n in needs if n.startswith("zero") and t.edits), None) or next(iter(sorted(needs - t.supports)), None)
+        if bad:
+            words = {"lora": "adapters", "4bit": "4-bit weights"}.get(bad, bad.replace("zero", "DeepSpeed ZeRO stage ").replace("_", " "))
+            raise UserError(f"{t.name} does not work with {words}", _WHY.get(bad, ""), _HOW.get(bad[:4], _HOW.get(bad, "")))
+
+
+def marks(model: nn.Module) -> dict[str, Tensor]:
+    """A checksum of every output unit of every parameter on this process, by plain name; int64, 8 bytes per unit.
+
+    Two marks differ where a bit of the unit's weights differs (but for one chance in 2^64).
+    """
+    found = {}
+    for name, p in model.named_parameters():
+        t = dist.local(p.detach())
+        rows = t.reshape(-1, t.shape[-1]) if t.dim() > 1 else t.reshape(-1, 1)
+        if in_out(model, name):
+            rows = rows.T
+        bits = rows.contiguous().view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[rows.element_size()])
+        odd = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C1 * 2 + 1
+        found[plain_name(name)] = (bits.long() * odd).sum(1)
+    return found
+
+
+def in_out(model: nn.Module, name: str) -> bool:
+    """Whether a weight is stored (in, out), as GPT-2's Conv1D does."""
+    owner, _, last = name.rpartition(".")
+    return last == "weight" and type(model.get_submodule(owner)).__name__ == "Conv1D"
+
+
+def movement(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which output units changed since `before = marks(model)`, seen over all processes: plain name -> (units,) bool."""
+    after, pieces, shapes = marks(model), [], {}
+    for name, p in model.named_parameters():
+        key = plain_name(name)
+        changed = (before[key] != after[key]).int()
+        if in_out(model, name) or (start := dist.offset(p)) is None:
+            whole = changed
+        else:
+            per = max(1, changed.numel() // max(dist.local(p).shape[0], 1)) if p.dim() > 2 else 1
+            whole = changed.new_zeros(p.shape[0] * (p.shape[1] if p.dim() > 2 else 1))
+            whole[start * per : start * per + changed.numel()] = changed
+        pieces.append(whole)
+        shapes[key] = whole.numel()
+    flat = dist.all_sum(torch.cat(pieces)) if dist.world() > 1 else torch.cat(pieces)
+    return {k: v > 0 for k, v in zip(shapes, flat.split(list(shapes.values())), strict=True)}

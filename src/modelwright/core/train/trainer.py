@@ -1,0 +1,172 @@
+"""transformers' Trainer with our loss normalisation, hooks for techniques, sharding, and states that are marked when whole.
+
+Summed losses are divided by counts over the whole accumulation window and all processes, so 4 x 2 accumulation is 1 x 8
+whatever the padding, and two processes are one.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer as HFTrainer
+
+from modelwright.core.data.rows import IGNORE
+from modelwright.core.train import dist
+from modelwright.core.train.recorder import Recorder
+from modelwright.core.train.technique import LossTerm, Technique, plain_name
+
+COMPLETE = "complete.json"  # written last: a state without it was cut off while being saved
+_KEPT = 2  # resumable states
+
+
+def step_of(state: Path) -> int:
+    """The step that a folder `checkpoint-N` was saved at."""
+    return int(state.name.split("-")[1])
+
+
+class Trainer(HFTrainer):
+    """transformers.Trainer with techniques, exact normalisation, a recorder, sharding, and states that are marked when whole."""
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
+
+    def __init__(self, *, techniques: list[Technique], recorder: Recorder | None, on_save: Callable[[], dict[str, Any]], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.techniques, self.recorder, self.on_save = techniques, recorder, on_save
+        self.terms = [LossTerm(), *(t for q in techniques for t in q.terms())]
+        self.loss_is_scaled_for_ga = True
+        self.lr_used, self.tokens = 0.0, 0
+        self._counts: dict[str, Tensor] = {}
+        # The Trainer's name for weights that are DTensors already: it neither wraps nor shards them again.
+        self.sharded = self.is_distributed_loading_by_transformers = any(dist.offset(p) is not None for p in self.model.parameters())
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return [(plain_name(n), p) for n, p in self.model.named_parameters()]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        batches = []
+        for _ in range(num_batches):
+            try:
+                batches.append(next(epoch_iterator))
+            except StopIteration:
+                break
+        if batches:
+            local = [torch.stack([t.count(b).double() for b in batches]).sum() for t in self.terms]
+            real = torch.stack([b["real"].sum() for b in batches]).sum()
+            *counts, seen = dist.sum_over_ranks(*local, real)
+            self._counts = {t.name: torch.where(c > 0, c, 1.0) for t, c in zip(self.terms, counts, strict=True)}
+            self.tokens += int(seen)
+        return batches, None
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        self.lr_used = self._get_learning_rate()
+        for t in self.techniques:
+            t.before_batch(inputs)
+        outputs = forward(model, inputs)
+        lm, *others = self.terms
+        losses = lm.losses(inputs, outputs)
+        if self.recorder:
+            self._record(inputs, losses.detach())
+        total = (losses * lm.weights(inputs)).sum() / self._counts[lm.name].to(losses)
+        for term in others:
+            total = total + term.weight * term.sums(inputs, outputs).sum() / self._counts[term.name].to(losses)
+        total = total * dist.world()  # DDP and FSDP average gradients over processes; the count is already global
+        return (total, outputs) if return_outputs else total
+
+    def _record(self, inputs: dict[str, Tensor], losses: Tensor) -> None:
+        learnt = inputs["labels"][:, 1:] != IGNORE
+        examples, sums, counts = inputs["example_id"], losses.sum(1), learnt.sum(1)
+        if "segments" in inputs:  # several examples in a row
+            examples, of = inputs["segments"][:, 1:].unique(return_inverse=True)
+            sums = losses.new_zeros(len(examples)).index_add_(0, of.flatten(), losses.flatten())
+            counts = learnt.new_zeros(len(examples), dtype=torch.long).index_add_(0, of.flatten(), learnt.flatten().long())
+        real = examples >= 0
+        self.recorder.train(self.state.global_step + 1, self.lr_used, examples[real], sums[real], counts[real])  # type: ignore[union-attr]
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        for t in self.techniques:
+            t.on_gradients(self._named())
+        return super()._clip_grad_norm(model)
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.recorder:
+            self.recorder.flush(self.state.global_step)
+        dist.barrier()
+        if self.args.should_save:
+            torch.save([t.state_dict() for t in self.techniques], folder / "techniques.pt")
+            part = folder / (COMPLETE + ".tmp")
+            part.write_text(json.dumps(self.on_save() | {"step": self.state.global_step, "processes": dist.world()}))
+            part.replace(folder / COMPLETE)
+            for old in sorted(folder.parent.glob("checkpoint-*"), key=step_of)[:-_KEPT]:
+                (old / COMPLETE).unlink(missing_ok=True)  # unmarked first: a state half removed is no state
+                shutil.rmtree(old)
+        dist.barrier()
+
+    # Weights are kept under the names they have in memory: those that save_pretrained writes are others for some models (experts), and
+    # what is not found under them would stay as it was. A sharded state is one file a process: the local pieces.
+    def _held(self) -> dict[str, Tensor]:
+        """What training changes: weights that learn, and buffers that are saved with a model."""
+        stored = self.model.state_dict().keys()
+        learning = {n: p.detach() for n, p in self._named() if p.requires_grad}
+        return learning | {n: b for n, b in self.model.named_buffers() if n in stored}
+
+    def _file(self, folder: str | None, what: str) -> Path:
+        return Path(str(folder)) / f"{what}-{dist.rank() if self.sharded else 0}.pt"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        file = self._file(output_dir, "weights")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if self.sharded or self.args.should_save:
+            torch.save({n: dist.local(t) for n, t in self._held().items()}, file)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved, held = torch.load(self._file(resume_from_checkpoint, "weights"), weights_only=True, map_location="cpu"), self._held()
+        if saved.keys() != held.keys():
+            raise RuntimeError(f"{resume_from_checkpoint} holds other weights: {sorted(saved.keys() ^ held.keys())[:3]}")
+        with torch.no_grad():
+            for n, t in held.items():
+                dist.local(t).copy_(saved[n])
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        moments = {
+            n: {k: dist.local(v) if isinstance(v, Tensor) else v for k, v in self.optimizer.state[p].items()}
+            for n, p in self._named()
+            if p in self.optimizer.state
+        }
+        return torch.save({"moments": moments, "scheduler": self.lr_scheduler.state_dict()}, self._file(output_dir, "optimizer"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or not checkpoint:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state = torch.load(self._file(checkpoint, "optimizer"), weights_only=True)
+        for n, p in self._named():
+            for k, v in state["moments"].get(n, {}).items():
+                self.optimizer.state[p][k] = dist.like(p, v) if isinstance(v, Tensor) and v.dim() else v
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+        for group, lr in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = lr  # the schedule sets it at its next step only
+        return None
+
+
+def forward(model: Any, batch: dict[str, Tensor]) -> Any:
+    """The model's outputs on a batch as `collate` makes it."""
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    return model(**inputs, use_cache=False)

@@ -1,0 +1,1 @@
+"""Asking a judge: prompts, endpoints, local models, recordings, verdicts."""

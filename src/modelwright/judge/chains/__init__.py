@@ -1,0 +1,1 @@
+"""Sampled chains of reasoning: answers, votes, scores, budgets."""

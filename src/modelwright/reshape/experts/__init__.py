@@ -1,0 +1,1 @@
+"""What the maps to a mixture share: stock classes and routers."""

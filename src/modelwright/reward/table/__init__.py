@@ -1,0 +1,1 @@
+"""Tables of scores, evidence about them, and calibrated rewards for trainers."""

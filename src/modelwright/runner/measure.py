@@ -1,0 +1,22 @@
+"""A step that measures: reward, judge, cache, inspect. Imports torch only where it has a checkpoint."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from modelwright import registry
+from modelwright.core.job import Finding, Job
+from modelwright.runner.context import Run, with_dataset
+from modelwright.runner.recipe import Step
+
+
+def measure(r: Run, step: Step, folder: Path) -> dict[str, Any]:
+    source = None
+    if r.checkpoint and "checkpoint" in (*step.entry.takes, *step.entry.may_take):
+        from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+
+        silence_transformers()
+        source = Checkpoint(r.checkpoint)
+    job = Job(folder, r.recipe.seed, r.progress, source, registry.techniques_named)
+    found: Finding = registry.load(step.entry)(with_dataset(r, step.knobs), job)
+    return {f.name: getattr(found, f.name) for f in fields(found)}

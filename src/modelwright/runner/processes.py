@@ -1,0 +1,77 @@
+"""Training in several processes: the run starts torchrun for the one step and takes the result back.
+
+Everything else of a run (reading, certificates, reports) stays in the process that was started by hand, so a recipe is
+the same whatever the number of processes, and what is saved is an ordinary checkpoint.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from modelwright.core.errors import UserError
+from modelwright.core.knobs import plain
+from modelwright.core.model.lineage import write_json
+
+JOB, DONE, ERROR, PROGRESS = "job.json", "trained.json", "error.json", "progress"  # files in the step's folder
+
+
+def _end_with_parent() -> None:
+    """On Linux a killed run takes its workers with it."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def train_apart(r: Any, step: Any, source: Any, folder: Path, part: Path) -> dict[str, Any]:
+    """Run `tune.train` of this step under torchrun. Raises what the workers raised."""
+    job = {
+        "step": {step.entry.name: plain(step.knobs)},
+        "source": str(source.folder),
+        "part": str(part),
+        "seed": r.recipe.seed,
+        "shard_size": r.recipe.save.shard_size,
+        "rounds": r.tuned,
+        "processes": r.processes,
+    }
+    write_json(folder / JOB, job)
+    for name in (DONE, ERROR):
+        (folder / name).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(r.processes)]
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // r.processes)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",  # seconds for a state to be saved at Ctrl-C
+    } | os.environ
+    with r.progress.task(f"{step.entry.name}: train in {r.processes} processes", 1) as tick, open(folder / "workers.log", "w") as log:
+        process = subprocess.Popen(
+            [*command, "-m", "modelwright.runner.processes", str(folder)],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        try:
+            while (code := process.poll()) is None:
+                time.sleep(0.2)
+                with contextlib.suppress(OSError, ValueError):
+                    done, of = map(int, (folder / PROGRESS).read_text().split())
+                    tick.to(done, of)
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # torchrun hands it on; the workers finish their step and save
+            process.wait()
+            raise
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    if (folder / ERROR).is_file():
+        raise UserError(**json.loads((folder / ERROR).read_text()))
+    if code or not (folder / DONE).is_file():
+        tail = (folder / "workers.log").read_text(errors="replace")[-3000:]
+        raise RuntimeError(f"a training process ended with code {code}; the end of {folder / 'workers.log'}:\n{tail}")
+    return json.loads((folder / DONE).read_text())

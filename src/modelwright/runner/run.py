@@ -1,0 +1,233 @@
+"""Runs a recipe: each step in a folder of its own, results published in one rename, a stopped run taken up where it was.
+
+While it runs everything lies in `TO.run/`; at the end the last result becomes `TO`, with the report, the lineage and the
+steps' small artifacts inside it. A step that only measures needs no `TO`: it is run, printed and forgotten.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from modelwright.core.errors import UserError
+from modelwright.core.knobs import paths, plain
+from modelwright.core.model.lineage import disk_errors, fingerprint, fingerprint_path, versions, write_json, write_lineage
+from modelwright.core.report.page import Report
+from modelwright.core.report.progress import Progress, Silent
+from modelwright.runner.context import Result, Run
+from modelwright.runner.recipe import Recipe, Step, check, parse
+
+
+def run(
+    name: str,
+    *,
+    to: str | Path | None = None,
+    base: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    save: dict[str, Any] | None = None,
+    **knobs: Any,
+) -> Result:
+    """One step as one call: run("reshape.upcycle", base="X", to="Y", experts=4). Raises UserError for bad input.
+
+    Without `to`, a step that only measures leaves nothing on disk; any other writes to out/NAME.
+    """
+    raw = {
+        "name": name,
+        "seed": seed,
+        "base": str(base) if base else None,
+        "steps": [{name: _raw(knobs)}],
+        "save": {**(save or {}), "to": to and str(to)},
+    }
+    recipe = parse(raw, name=name)
+    return run_recipe(recipe, progress, keep=to is not None or bool(recipe.steps[0].entry.gives))
+
+
+def _raw(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if isinstance(value, dict):
+        return {k: _raw(v) for k, v in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def run_recipe(recipe: Recipe, progress: Progress | None = None, keep: bool = True, processes: int = 1) -> Result:
+    """Run all steps. A recipe whose result exists already is not run again; without `keep` nothing stays on disk.
+
+    With several `processes`, training steps run under torchrun; everything else stays in this one.
+    """
+    check(recipe)
+    if not keep:
+        with tempfile.TemporaryDirectory(prefix="modelwright-") as folder:
+            return _run_steps(Run(recipe, Path(folder), progress or Silent(), processes=processes), None)
+    to = Path(recipe.save.to or os.path.join("out", recipe.name))
+    work = to.with_name(to.name + ".run")
+    if done := _finished(recipe, to):
+        shutil.rmtree(work, ignore_errors=True)
+        return done
+    if os.path.exists(to):  # unlike Path.exists, false for a name too long
+        raise UserError(f"{to} exists already", "nothing is overwritten", "choose another folder or remove it")
+    r = Run(recipe, work, progress or Silent(), processes=processes)
+    with disk_errors(r.work):
+        r.work.mkdir(parents=True, exist_ok=True)
+        lock = _lock(work)
+    try:
+        with disk_errors(r.work):
+            return _run_steps(r, to)
+    except UserError:
+        if not any(r.work.rglob("checkpoint-*")):  # nothing worth resuming: leave no trace
+            shutil.rmtree(r.work, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _lock(work: Path) -> int:
+    """Keep a second run out; the system lets go when the process ends, however it ends."""
+    fd = os.open(work / "process", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        other = os.read(fd, 20).decode().strip()
+        os.close(fd)
+        raise UserError(f"{work} is being written by process {other}", "one run at a time", "wait for it or stop it") from None
+    os.ftruncate(fd, 0)
+    os.write(fd, f"{os.getpid()}\n".encode())
+    return fd
+
+
+def _run_steps(r: Run, to: Path | None) -> Result:
+    recipe, result = r.recipe, Result(to, report=Report(r.recipe.name))
+    if recipe.base:
+        from modelwright.core.model.checkpoint import Checkpoint
+
+        source = Checkpoint(recipe.base)
+        r.checkpoint = source.folder
+        r.history, r.base_fingerprint = (source.lineage or {}).get("steps", []), source.fingerprint()
+        r.tuned = sum(s["step"].startswith("tune.") for s in r.history)
+    key = recipe.base or ""
+    for i, step in enumerate(recipe.steps):
+        inputs = _inputs(step, r)
+        text = json.dumps([key, step.entry.name, plain(step.knobs), recipe.seed, inputs], sort_keys=True, default=str)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        folder = r.work / f"{i}-{step.entry.name}"
+        if (folder / "done.json").is_file() and json.loads((folder / "done.json").read_text())["key"] == key:
+            entry = json.loads((folder / "done.json").read_text())
+        else:
+            if (folder / "key").is_file() and (folder / "key").read_text() != key:
+                shutil.rmtree(folder)
+            folder.mkdir(exist_ok=True)
+            (folder / "key").write_text(key)
+            began = time.perf_counter()
+            entry = _driver(step.entry.family)(r, step, folder)
+            entry |= {
+                "step": step.entry.name,
+                "key": key,
+                "seed": recipe.seed,
+                "knobs": plain(step.knobs),
+                "inputs": inputs,
+                "seconds": round(time.perf_counter() - began, 2),
+            }
+            write_json(folder / "done.json", entry)
+        for state in folder.glob("checkpoint-*"):  # kept until the step is done, so that a stop never costs training
+            shutil.rmtree(state)
+        if "checkpoint" in step.entry.gives:
+            r.checkpoint = folder / "result"
+        r.tuned += step.entry.family == "tune"
+        if "dataset" in step.entry.gives:
+            r.dataset = folder / "dataset.jsonl"
+        result.steps.append(entry)
+        result.report.step(entry)
+    if to:
+        _publish(r, result, to)
+    return result
+
+
+_KINDS = {"curate": "curate", "reshape": "reshape", "tune": "tune"}  # every other family measures
+
+
+def _driver(family: str) -> Callable[[Run, Step, Path], dict[str, Any]]:
+    kind = _KINDS.get(family, "measure")
+    module = import_module(f"modelwright.runner.{kind}")  # torch and transformers are imported only where a step needs them
+    return getattr(module, kind)
+
+
+def _inputs(step: Step, r: Run) -> dict[str, str]:
+    """Fingerprints of everything that a step reads."""
+    found = {str(p): fingerprint_path(p) for p in paths(step.knobs)}
+    if r.checkpoint and "checkpoint" in (*step.entry.takes, *step.entry.may_take):
+        from modelwright.core.model.checkpoint import Checkpoint
+
+        found["checkpoint"] = Checkpoint(r.checkpoint).fingerprint()
+    if r.dataset and "dataset" in (*step.entry.takes, *step.entry.may_take):
+        found["dataset"] = fingerprint(r.dataset)
+    return found
+
+
+def _publish(r: Run, result: Result, to: Path) -> None:
+    recipe, last = r.recipe, r.work / f"{len(r.recipe.steps) - 1}-{r.recipe.steps[-1].entry.name}"
+    lineage = {
+        "modelwright": versions()["modelwright"],
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "recipe": _identity(recipe),
+        "recipe_key": result.steps[-1]["key"],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "base": recipe.base,
+        "base_fingerprint": r.base_fingerprint,
+        "steps": r.history + [{k: v for k, v in s.items() if k != "key"} for s in result.steps],
+        "versions": versions(),
+    }
+    folder = r.checkpoint if r.checkpoint and r.checkpoint.is_relative_to(r.work) else last
+    small = r.work / "steps"
+    shutil.rmtree(small, ignore_errors=True)
+    for i, step in enumerate(recipe.steps):
+        (small / f"{i}-{step.entry.name}").mkdir(parents=True)
+        for name in ("done.json", "dynamics.parquet", "adapter"):
+            source = r.work / f"{i}-{step.entry.name}" / name
+            if source.is_dir():
+                shutil.copytree(source, small / f"{i}-{step.entry.name}" / name)
+            elif source.exists():
+                shutil.copyfile(source, small / f"{i}-{step.entry.name}" / name)
+    shutil.rmtree(folder / "steps", ignore_errors=True)
+    os.rename(small, folder / "steps")
+    write_lineage(folder, lineage)
+    if result.certificate and r.checkpoint:
+        from modelwright.core.model.certificate import Certificate
+        from modelwright.core.model.writer import write_card
+
+        rows = [(k, f"{a} -> {b}" if a and a != b else b) for k, a, b in Certificate(**result.certificate).rows()]
+        write_card(folder, recipe.name, recipe.base or "none", result.steps, rows, result.certificate["loads_in"])
+    result.report.facts |= {"result": str(to), "seed": recipe.seed, **lineage["versions"]}
+    (folder / "report.html").write_text(result.report.html(), encoding="utf-8")
+    write_json(folder / "report.json", result.plain())
+    for name in ("key", "done.json"):
+        (folder / name).unlink(missing_ok=True)
+    os.rename(folder, to)
+    shutil.rmtree(r.work, ignore_errors=True)
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without the place of its result: what makes two runs the same run."""
+    whole = recipe.plain()
+    return whole | {"save": {k: v for k, v in whole["save"].items() if k != "to"}}
+
+
+def _finished(recipe: Recipe, to: Path) -> Result | None:
+    try:
+        if json.loads((to / "modelwright.json").read_text())["recipe"] != json.loads(json.dumps(_identity(recipe))):
+            return None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    result = Result(to, json.loads((to / "report.json").read_text())["steps"], Report(recipe.name))
+    for entry in result.steps:
+        result.report.step(entry)
+    return result

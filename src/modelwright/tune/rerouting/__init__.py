@@ -1,0 +1,1 @@
+"""What the ways to tune with another routing share."""

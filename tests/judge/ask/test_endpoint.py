@@ -1,0 +1,222 @@
+"""An endpoint that misbehaves in every way it can, on this machine."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import modelwright
+from modelwright.core.errors import UserError
+from modelwright.judge.ask.endpoint import _seconds, _weigh, open_endpoint
+from modelwright.judge.ask.judges import Desk, Kept, Prompt
+
+TINY = Path(__file__).parents[1] / "tiny"
+FAST = {"backoff": 0.01, "timeout": 0.3, "retries": 2, "workers": 4}
+
+
+class Server(ThreadingHTTPServer):
+    """Replies as `behave(text, times seen)` says: a status with headers, bytes, seconds to hang, or a text to answer with."""
+
+    daemon_threads = True
+
+    def __init__(self, behave: Callable[[str, int], Any]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behave, self.seen, self.heads, self.bodies = behave, Counter[str](), [], []
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        server: Any = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text = body["messages"][-1]["content"]
+        with server.lock:
+            server.seen[text] += 1
+            times = server.seen[text]
+            server.heads.append(dict(self.headers))
+            server.bodies.append(body)
+            server.now += 1
+            server.most = max(server.most, server.now)
+        said = server.behave(text, times)
+        if isinstance(said, float):
+            time.sleep(said)
+            said = "late"
+        code, head = said if isinstance(said, tuple) else (200, {})
+        if isinstance(said, str):
+            choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+            said = json.dumps({"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}).encode()
+        with server.lock:
+            server.now -= 1
+        try:
+            self.send_response(code)
+            for name, value in head.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(said if isinstance(said, bytes) else b'{"error": {"message": "no: secret-key"}}')
+        except OSError:
+            pass  # the client has left
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Any], Server]]:
+    running = []
+
+    def start(behave: Callable[[str, int], Any]) -> Server:
+        server = Server(behave)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        running.append(server)
+        return server
+
+    yield start
+    for server in running:
+        server.shutdown()
+        server.server_close()
+
+
+def prompts(*texts: str, **settings: Any) -> list[Prompt]:
+    return [Prompt((("user", t),), **settings) for t in texts]
+
+
+BAD: dict[str, Any] = {
+    "hangs": 0.6,
+    "busy": (429, {}),
+    "down": (503, {}),
+    "garbage": b"\xff\xfe\x00 not json",
+    "page": b"<html>502</html>",
+    "hollow": b'{"object": "nothing"}',
+    "bare": b"[1, 2]",
+    "long": (400, {}),
+}
+
+
+def test_every_failure_is_counted_by_its_kind_nothing_is_lost_and_the_cache_resumes(serve: Any, tmp_path: Path) -> None:
+    server = serve(lambda text, times: "" if text == "empty" else BAD.get(text, f"to {text}"))
+    desk = Desk(Kept(open_endpoint(server.url, "m", FAST | {"price_in": 10, "price_out": 20}), tmp_path / "kept.jsonl"))
+    texts = ["good", "empty", *BAD, "better"]
+    answers = dict(zip(texts, desk(prompts(*texts)), strict=True))
+    assert {t: a.status for t, a in answers.items()} == {
+        "good": "ok", "empty": "empty", "hangs": "timeout", "busy": "rate limit", "down": "server error", "garbage": "not JSON",
+        "page": "not JSON", "hollow": "no answer in it", "bare": "no answer in it", "long": "refused", "better": "ok",
+    }  # fmt: skip
+    counts = desk.plain()
+    assert counts["requests"] == 11 and counts["answers"] == {"ok": 2, "empty": 1} and sum(counts["failed"].values()) == 8
+    assert counts["troubles_on_the_way"] == {
+        "timeout": 3, "rate limit": 3, "server error": 3, "not JSON": 6, "no answer in it": 6, "refused": 1
+    }  # fmt: skip
+    assert counts["cost"] == pytest.approx(3 * (100 * 10 + 10 * 20) / 1e6) and counts["tokens_in"] == 300
+    server.behave = lambda text, times: f"to {text}"  # it is well again
+    later = Desk(Kept(open_endpoint(server.url, "m", FAST), tmp_path / "kept.jsonl"))
+    before = server.seen.copy()
+    assert [a.text for a in later(prompts(*texts))] == ["to good", "", *(f"to {t}" for t in (*BAD, "better"))]
+    assert set(server.seen - before) == set(BAD) and later.plain()["reused"] == 3 and not later.plain()["failed"]
+
+
+def test_a_request_that_fails_twice_and_then_works_is_an_answer_with_its_troubles(serve: Any) -> None:
+    server = serve(lambda text, times: [(429, {"Retry-After": "0"}), b"?", "fine"][times - 1])
+    desk = Desk(open_endpoint(server.url, "m", FAST))
+    (answer,) = desk(prompts("x"))
+    assert answer.text == "fine" and answer.troubles == ("rate limit", "not JSON") and not desk.plain()["failed"]
+
+
+def test_retry_after_is_honoured(serve: Any) -> None:
+    server = serve(lambda text, times: (429, {"Retry-After": "0.4"}) if times == 1 else "fine")
+    began = time.monotonic()
+    assert Desk(open_endpoint(server.url, "m", FAST))(prompts("x"))[0].text == "fine" and time.monotonic() - began >= 0.4
+    assert 0 < _seconds(formatdate(time.time() + 30, usegmt=True)) <= 30
+    assert [_seconds(v) for v in (None, "", "soon", "-5", "nan", "1e9")] == [0, 0, 0, 0, 0, 600]
+
+
+def test_requests_run_side_by_side_and_no_more_than_allowed(serve: Any) -> None:
+    gate = threading.Barrier(3, timeout=5)
+
+    def together(text: str, times: int) -> str:
+        gate.wait()  # three at a time, or nobody passes
+        return "ok"
+
+    server = serve(together)
+    assert len(Desk(open_endpoint(server.url, "m", FAST | {"workers": 3, "timeout": 6}))(prompts(*"abcdef"))) == 6 and server.most == 3
+
+
+def test_the_rate_spaces_requests(serve: Any) -> None:
+    server = serve(lambda text, times: "ok")
+    began = time.monotonic()
+    Desk(open_endpoint(server.url, "m", FAST | {"rate": 1200}))(prompts(*"abcdef"))
+    assert time.monotonic() - began >= 5 * 0.05
+
+
+def test_the_key_is_sent_and_never_written(serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "secret-key")
+    server = serve(lambda text, times: "ok" if text == "a" else (400, {}))
+    desk = Desk(Kept(open_endpoint(server.url, "m", FAST | {"key": "MY_KEY"}), tmp_path / "kept.jsonl"))
+    desk(prompts("a"))
+    assert server.heads[0]["Authorization"] == "Bearer secret-key"
+    assert "***" in desk(prompts("b"))[0].said
+    assert "secret-key" not in (tmp_path / "kept.jsonl").read_text() + json.dumps(desk.plain())
+    server.behave = lambda text, times: (401, {})
+    with pytest.raises(UserError, match=r"refuses the requests with 401.*no: \*\*\*.*check the key"):
+        desk(prompts("c"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "sentence"),
+    [((404, {}), "with 404"), ((400, {}), "check the model and endpoint.body"), ((302, {"Location": "http://127.0.0.1:9/"}), "refuses")],
+)
+def test_what_no_repetition_mends_stops_the_run(serve: Any, reply: Any, sentence: str) -> None:
+    server = serve(lambda text, times: reply)
+    with pytest.raises(UserError, match=sentence):
+        Desk(open_endpoint(server.url, "m", FAST))(prompts(*"abcdefgh"))
+    assert sum(server.seen.values()) <= 8, "nothing was asked twice"
+
+
+def test_the_body_can_be_changed_and_is_part_of_the_name(serve: Any) -> None:
+    server = serve(lambda text, times: "ok")
+    endpoint = open_endpoint(server.url + "/", "m", FAST | {"body": {"max_tokens": None, "max_completion_tokens": 9}})
+    Desk(endpoint)(prompts("a"))
+    assert "max_tokens" not in server.bodies[0] and server.bodies[0]["max_completion_tokens"] == 9 and "max_completion" in endpoint.name
+
+
+def test_probabilities_are_read_where_the_options_part() -> None:
+    def token(text: str, *others: tuple[str, float]) -> dict[str, Any]:
+        return {"token": text, "top_logprobs": [{"token": t, "logprob": p} for t, p in others]}
+
+    options = ("Output (a)", "Output (b)")
+    said = {"content": [token("Output"), token(" ("), token("a", ("a", -0.5), ("b", -1.5), ("c", -1.0)), token(")")]}
+    a, b = _weigh(said, options) or (0, 0)
+    assert a + b == pytest.approx(1) and a / b == pytest.approx(2.718281828)
+    assert _weigh({"content": [token("I")]}, options) is None and _weigh(None, options) is None and _weigh(said, ()) is None
+    assert _weigh({"content": [token("7", ("7", -1.0), ("8", -1.0))]}, tuple("0123456789")) == (0,) * 7 + (0.5, 0.5, 0)
+
+
+def test_a_whole_step_survives_a_bad_endpoint_and_reports_it(serve: Any, tmp_path: Path) -> None:
+    kinds = [(429, {}), b"?", "", "Output (a)", "Output (b)", (500, {})]
+    server = serve(lambda text, times: kinds[hash_of(text) % len(kinds)])
+    knobs = {
+        "pairs": TINY / "datasets.json",
+        "url": server.url,
+        "model": "m",
+        "endpoint": FAST | {"retries": 1},
+        "strategies": ["rules", "swap", "rating"],
+    }
+    result = modelwright.run("judge.llmbar", to=tmp_path / "out", **knobs)
+    counts = result.plain()["metrics"]["requests"]
+    assert counts["requests"] == 14 * 3 and set(counts["failed"]) <= {"rate limit", "not JSON", "server error"}
+    assert sum(counts["failed"].values()) + sum(counts["answers"].values()) == counts["requests"]
+    assert (tmp_path / "out" / "answers.jsonl").is_file() and "Failures" in (tmp_path / "out" / "report.html").read_text()
+    assert "were not answered" in result.steps[0]["text"]
+
+
+def hash_of(text: str) -> int:
+    import zlib
+
+    return zlib.crc32(text.encode())
