@@ -15,8 +15,9 @@ import torch
 
 from common import SHARED, Cache, save
 from modelwright import registry
+from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
-from modelwright.core.data.rows import Rows, tokenize
+from modelwright.core.data.rows import Rows
 from modelwright.core.knobs import Data, Train
 from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
 from modelwright.core.train.loop import fit

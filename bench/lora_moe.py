@@ -18,8 +18,9 @@ import torch
 
 import forgetting
 from common import SHARED, Cache, save
+from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
-from modelwright.core.data.rows import Rows, collate, tokenize
+from modelwright.core.data.rows import Rows, collate
 from modelwright.core.knobs import Data, Train
 from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
 from modelwright.core.train.loop import fit

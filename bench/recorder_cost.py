@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from common import SHARED, save
+from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
-from modelwright.core.data.rows import tokenize
 from modelwright.core.knobs import Data, Train
 from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
 from modelwright.core.train.loop import fit

@@ -17,8 +17,9 @@ import torch
 
 import modelwright
 from common import save
+from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
-from modelwright.core.data.rows import Rows, tokenize
+from modelwright.core.data.rows import Rows
 from modelwright.core.knobs import Data, Train
 from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
 from modelwright.core.train.loop import fit

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,13 @@ import pytest
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MODELWRIGHT_CACHE", tempfile.mkdtemp(prefix="modelwright-tests-"))
 SHARED = Path(os.environ.get("MODELWRIGHT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "modelwright-tests-" in os.environ["MODELWRIGHT_CACHE"] and not hasattr(session.config, "workerinput"):
+        shutil.rmtree(os.environ["MODELWRIGHT_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The rules of the architecture: imports run one way and in no circle, a family lists its methods, files stay small, light commands stay light."""
+"""The rules of the architecture: imports run down and in no circle, a family lists its methods, files are small, light commands light."""
 
 import ast
 import statistics

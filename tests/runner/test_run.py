@@ -115,7 +115,7 @@ def test_a_failed_certificate_is_not_saved_unless_told(tiny, tmp_path: Path, mon
         blueprint, promise = honest(source, upcycle.Knobs(method="drop", experts=4), seed)
         return blueprint, "same function"
 
-    monkeypatch.setattr(upcycle, "upcycle", broken)
+    monkeypatch.setattr(upcycle, "METHOD", broken)
     with pytest.raises(modelwright.UserError, match="failed its certificate"):
         modelwright.run("reshape.upcycle", base=tiny("llama"), to=tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -139,13 +139,13 @@ def test_deep_check_tells_sizes_and_first_rows(three_steps: recipe.Recipe, tmp_p
 
     base, up, tune, _ = preview(three_steps)
     assert base["class"] == "LlamaForCausalLM" and up["class"] == "MixtralForCausalLM" and up["promise"] == "same function"
-    assert tune["documents"] == len(IDS) and tune["first tokens"] == IDS[0]["input_ids"][:12]
+    assert tune["format"] == "token ids" and tune["first tokens"] == IDS[0]["input_ids"][:12]
     assert not (tmp_path / "out").exists()
 
 
 def test_a_diverged_run_stops_with_a_sentence_and_leaves_nothing(tiny, tmp_path: Path) -> None:
     (tmp_path / "ids.jsonl").write_text("".join(json.dumps(r) + "\n" for r in IDS))
     train = {"tokens": 512, "batch": 2, "context": 16, "lr": 1e12, "clip": 0, "save_every": 1, "eval_every": 1, "warmup": 0}
-    with pytest.raises(modelwright.UserError, match="diverged by step"):
+    with pytest.raises(modelwright.UserError, match="not finite at step"):
         modelwright.run("tune.full", base=tiny("llama"), to=tmp_path / "out", data=str(tmp_path / "ids.jsonl"), train=train)
     assert [p.name for p in tmp_path.iterdir()] == ["ids.jsonl"]

@@ -19,8 +19,8 @@ from modelwright.cache.engine.evict import evict
 from modelwright.cache.engine.measure import continued, fits_context
 from modelwright.cache.engine.suite import Items, make, solve
 from modelwright.cache.evictors.names import METHODS, named
+from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
-from modelwright.core.data.rows import tokenize
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Data, knob

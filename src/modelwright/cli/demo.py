@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
-from modelwright.core.data.rows import tokenize
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, number
 from modelwright.core.model.checkpoint import Checkpoint, silence_transformers

@@ -30,15 +30,27 @@ def knob(
     high: float | None = None,
     path: bool = False,
     argument: bool = False,
+    alias: str | None = None,
 ) -> Any:
     """One setting: default, meaning with its unit, inclusive bounds; whether it names a file or folder, and whether the
-    command line takes it by place instead of by flag."""
-    meta = {"help": help, "low": low, "high": high, "path": path, "argument": argument}
+    command line takes it by place instead of by flag; the name that other tools give it, which is understood too."""
+    meta = {"help": help, "low": low, "high": high, "path": path, "argument": argument, "alias": alias}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=meta)
     if dataclasses.is_dataclass(default) and not isinstance(default, type):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=meta)
     return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of several sources of rows. A bare string in a recipe is the path."""
+
+    path: str = knob(help="as data.path", path=True)
+    weight: float = knob(1.0, "share of the rows that come from it, relative to the other sources", low=0)
+    column: str | None = knob(None, "as data.column")
+    split: str = knob("train", "split of a hub dataset")
+    limit: int | None = knob(None, "use at most this many rows", low=1)
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,12 @@ class Data:
     path: str | None = knob(
         None, "text, jsonl, json, csv or parquet file, folder of text files, or hub id; empty: the dataset of an earlier step", path=True
     )
-    column: str | None = knob(None, "column that holds the text (or token ids); needed for tables")
+    column: str | None = knob(None, "column to learn from; empty: recognised (text, messages, conversations, instruction, prompt, chosen)")
     split: str = knob("train", "split of a hub dataset")
-    limit: int | None = knob(None, "use at most this many rows", low=1)
+    limit: int | None = knob(None, "use at most this many rows (of a text file: lines)", low=1)
+    sources: list[Source] = knob([], "several sources with weights, instead of path")
+    chat_template: str | None = knob(None, "chat template: a file, or turns or chatml; empty: the tokenizer's own")
+    refused: Literal["stop", "drop"] = knob("stop", "a row that cannot be used stops the run, or is left out and counted")
 
 
 @dataclass(frozen=True)
@@ -59,18 +74,29 @@ class Train:
 
     tokens: int | None = knob(None, "training tokens, padding excluded; overrides epochs", low=1)
     epochs: float = knob(1.0, "passes over the data", low=0)
-    lr: float = knob(1e-3, "peak learning rate", low=0)
-    schedule: Literal["linear", "cosine", "constant"] = knob("linear", "learning rate after warm-up")
-    warmup: float = knob(0.03, "share of the steps with rising learning rate", low=0, high=1)
-    batch: int = knob(8, "sequences per device and forward pass", low=1)
-    accumulate: int = knob(1, "forward passes per optimizer step", low=1)
-    context: int = knob(256, "tokens per sequence", low=2)
+    lr: float = knob(1e-3, "peak learning rate", low=0, alias="learning_rate")
+    schedule: Literal["linear", "cosine", "constant"] = knob("linear", "learning rate after warm-up", alias="lr_scheduler_type")
+    warmup: float = knob(0.03, "share of the steps with rising learning rate", low=0, high=1, alias="warmup_ratio")
+    batch: int = knob(8, "sequences per device and forward pass", low=1, alias="per_device_train_batch_size")
+    accumulate: int = knob(1, "forward passes per optimizer step", low=1, alias="gradient_accumulation_steps")
+    context: int = knob(256, "tokens per sequence", low=2, alias="max_length")
     weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
-    clip: float = knob(1.0, "gradient norm limit; 0: none", low=0)
-    eval_every: int | None = knob(None, "steps between evaluations; empty: about ten in the run", low=1)
-    save_every: int = knob(200, "steps between resumable states", low=1)
+    clip: float = knob(1.0, "gradient norm limit; 0: none", low=0, alias="max_grad_norm")
+    optimizer: str = knob("adamw", "adamw, adafactor, sgd, adamw_8bit (bitsandbytes), or any name that transformers knows", alias="optim")
+    weights: Literal["fp32", "stored"] = knob("fp32", "weights that train are held in fp32, or in the type they are stored in")
+    rounding: Literal["nearest", "stochastic"] = knob("nearest", "how a step rounds weights that are held in 16 bits (weights: stored)")
+    states: Literal["fp32", "bf16"] = knob("fp32", "type of the optimizer's moments; bf16 needs adamw and weights: stored")
+    attention: str | None = knob(None, "attention of transformers: sdpa, eager, flash_attention_2 ...; empty: its default")
+    packing: Literal["auto", "yes", "no"] = knob("auto", "several chats in one row; auto: where the model keeps them apart")
+    mask_share: float = knob(0.15, "masked language models: share of the tokens to be found again", low=0.01, high=0.9)
+    eval_every: int | None = knob(None, "steps between evaluations; empty: about ten in the run", low=1, alias="eval_steps")
+    save_every: int = knob(200, "steps between resumable states", low=1, alias="save_steps")
     gradient_checkpointing: bool = knob(False, "recompute activations to save memory")
-    strategy: Literal["ddp", "fsdp2"] = knob("ddp", "with several processes: whole copies of the model, or shards of it")
+    strategy: Literal["ddp", "fsdp2", "hsdp", "ep"] = knob(
+        "ddp", "with several processes: whole copies of the model, shards of it (hsdp: inside a node), or its experts spread"
+    )
+    divergence: float = knob(3.0, "stop when the smoothed loss is above its lowest by this factor (and by 1 nat); 0: never", low=0)
+    report_to: list[str] = knob([], "also report to tensorboard, trackio or wandb, through transformers")
     record: bool = knob(True, "write the training dynamics to dynamics.parquet")
 
 
@@ -176,7 +202,12 @@ def build(cls: Any, values: Any, where: str = "", root: Path = Path(".")) -> Any
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
     given = {}
+    aliases = {f.metadata["alias"]: name for name, f in fields.items() if f.metadata.get("alias")}
     for key, value in values.items():
+        if key in aliases and key not in fields:
+            if aliases[key] in values:
+                raise UserError(f"{prefix}{key} and {prefix}{aliases[key]} are the same setting", how="give one of them")
+            key = aliases[key]
         if key not in fields:
             raise UserError(f"unknown key '{prefix}{key}'", how=did_you_mean(str(key), fields))
         f, name = fields[key], f"{prefix}{key}"

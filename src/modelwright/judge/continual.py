@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.errors import UserError
+from modelwright.core.files import write_json
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Train, knob
-from modelwright.core.model.lineage import write_json
 
 
 @dataclass(frozen=True)

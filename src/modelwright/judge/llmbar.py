@@ -22,9 +22,9 @@ from typing import Any, Literal
 import numpy as np
 
 from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.files import write_json
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
-from modelwright.core.model.lineage import write_json
 from modelwright.judge.ask import prompts
 from modelwright.judge.ask.judges import Answer, Desk, Prompt, failures, open_judge
 from modelwright.judge.ask.prompts import STRATEGIES, Strategy

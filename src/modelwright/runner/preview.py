@@ -4,19 +4,19 @@ from dataclasses import replace
 from typing import Any
 
 from modelwright import registry
-from modelwright.core.data.read import read
+from modelwright.core.data.read import Source
 from modelwright.core.knobs import Data
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.certificate import Size
-from modelwright.core.model.checkpoint import Checkpoint, config_of, skeleton
+from modelwright.core.model.checkpoint import Checkpoint, config_of, silence_transformers, skeleton
 from modelwright.core.model.writer import Blueprint
 from modelwright.runner.recipe import Recipe
-from modelwright.runner.tune import calm, make_rows
+from modelwright.runner.tune import make_rows
 
 
 def preview(recipe: Recipe) -> list[dict[str, Any]]:
     """One dictionary for the base and one per step, in order, until a step needs what only a run can make."""
-    calm()
+    silence_transformers()
     facts: list[dict[str, Any]] = []
     source = Checkpoint(recipe.base) if recipe.base else None
     if source:
@@ -26,14 +26,15 @@ def preview(recipe: Recipe) -> list[dict[str, Any]]:
         fact: dict[str, Any] = {"step": f"{i} {step.entry.name}"}
         data = getattr(step.knobs, "data", None)
         if isinstance(data, Data) and data.path:
-            documents = read(data)
-            fact["documents"] = len(documents)
-            fact["first row"] = _excerpt(documents[0])
+            first = Source(replace(data, limit=min(50, data.limit or 50)))
+            documents = [d for _, d in first]
+            fact["format"] = first.format
+            fact["first row"] = _excerpt(documents[0]) if documents else "none"
             if source and hasattr(step.knobs, "train"):
                 vocab = int(source.hf_config.get_text_config().vocab_size)
                 made = registry.techniques(step.entry, step.knobs), replace(data, limit=min(50, data.limit or 50))
-                rows = make_rows(*made, source.tokenizer(), vocab, step.knobs.train, recipe.seed)
-                fact["first tokens"] = rows.ids[0, :12].tolist()
+                rows = make_rows(*made, source.tokenizer(), vocab, step.knobs.train, recipe.seed, source.skeleton)
+                fact["first tokens"] = rows[0]["input_ids"][:12].tolist()
         if step.entry.family == "reshape" and "checkpoint" in step.entry.takes and known:
             made, promise = registry.load(step.entry)(known, step.knobs, recipe.seed)
             if isinstance(made, Blueprint):
@@ -58,5 +59,5 @@ def _sizes(config: Any, size: int) -> dict[str, Any]:
 
 
 def _excerpt(document: Any) -> str:
-    words = document if isinstance(document, str) else str(document)
+    words = getattr(document, "text", None) or str(document)
     return words[:120].replace("\n", " ") + ("..." if len(words) > 120 else "")

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.errors import UserError
+from modelwright.core.files import write_json
 from modelwright.core.knobs import plain
-from modelwright.core.model.lineage import write_json
 
 JOB, DONE, ERROR, PROGRESS = "job.json", "trained.json", "error.json", "progress"  # files in the step's folder
 
@@ -35,7 +35,7 @@ def train_apart(r: Any, step: Any, source: Any, folder: Path, part: Path) -> dic
         "source": str(source.folder),
         "part": str(part),
         "seed": r.recipe.seed,
-        "shard_size": r.recipe.save.shard_size,
+        "save": plain(r.recipe.save),
         "rounds": r.tuned,
         "processes": r.processes,
     }
@@ -60,8 +60,10 @@ def train_apart(r: Any, step: Any, source: Any, folder: Path, part: Path) -> dic
             while (code := process.poll()) is None:
                 time.sleep(0.2)
                 with contextlib.suppress(OSError, ValueError):
-                    done, of = map(int, (folder / PROGRESS).read_text().split())
-                    tick.to(done, of)
+                    seen = json.loads((folder / PROGRESS).read_text())
+                    tick.to(*seen["at"])
+                    if seen["numbers"]:
+                        tick.say(seen["numbers"])
         except KeyboardInterrupt:
             process.send_signal(signal.SIGINT)  # torchrun hands it on; the workers finish their step and save
             process.wait()

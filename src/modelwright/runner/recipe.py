@@ -21,6 +21,7 @@ class Save:
     to: str | None = knob(None, "folder of the result; must not exist yet")
     shard_size: int = knob(5_000_000_000, "bytes per weight file, at most", low=1_000_000)
     certificate: Literal["auto", "full", "structure"] = knob("auto", "auto: compare logits when both models fit in memory")
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = knob("source", "type that trained weights are saved in")
     force: bool = knob(False, "save a result whose certificate failed")
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.errors import UserError
+from modelwright.core.files import disk_errors, fingerprint, fingerprint_path, write_json
 from modelwright.core.knobs import paths, plain
-from modelwright.core.model.lineage import disk_errors, fingerprint, fingerprint_path, versions, write_json, write_lineage
+from modelwright.core.model.lineage import versions, write_lineage
 from modelwright.core.report.page import Report
 from modelwright.core.report.progress import Progress, Silent
 from modelwright.runner.context import Result, Run

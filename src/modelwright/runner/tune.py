@@ -10,24 +10,30 @@ import torch
 
 import modelwright.models  # noqa: F401 - our classes become known to the Auto classes
 from modelwright import registry
-from modelwright.core.data.read import read
-from modelwright.core.data.rows import Rows, collate, tokenize
-from modelwright.core.knobs import Data, Train
+from modelwright.core.data.chats import with_template
+from modelwright.core.data.rows import TokenRows
+from modelwright.core.errors import UserError
+from modelwright.core.knobs import Data
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.certificate import certify, require_same_when_reloaded
 from modelwright.core.model.checkpoint import Checkpoint, check_vocabulary, silence_transformers
-from modelwright.core.model.writer import Built, staging, write_model
-from modelwright.core.train import dist
-from modelwright.core.train.loop import fit
-from modelwright.core.train.technique import Technique, combine, surroundings
+from modelwright.core.model.writer import Built, as_stored, staging, write_model
+from modelwright.core.train import dist, precision
+from modelwright.core.train.loop import Outcome, fit, keeps_apart
+from modelwright.core.train.objective import Objective, objective_class
+from modelwright.core.train.technique import Technique, combine, environment
 from modelwright.core.train.trainer import forward
 from modelwright.moe.watch import domain_plot, watch
 from modelwright.runner.context import Run, with_dataset
 from modelwright.runner.processes import train_apart
-from modelwright.runner.recipe import Step
+from modelwright.runner.recipe import Save, Step
+
+Tick = Callable[[int, int], None]
+Say = Callable[[dict[str, Any]], None]
 
 
 def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
+    """Train, save and certify; what is in `folder` of a stopped run is taken up."""
     silence_transformers()
     step = replace(step, knobs=with_dataset(r, step.knobs))
     assert r.checkpoint
@@ -39,35 +45,43 @@ def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
             entry = train_apart(r, step, source, folder, part)
         else:
             with r.progress.task(f"{step.entry.name}: train", 1) as tick:
-                entry = train(step, source, folder, part, r.recipe.seed, r.recipe.save.shard_size, r.tuned, tick.to)
+                entry = train(step, source, folder, part, r.recipe.seed, r.recipe.save, r.tuned, tick.to, tick.say)
         with r.progress.task(f"{step.entry.name}: certify"):
             certificate = certify(source, Checkpoint(part, incomplete=True), "trained", mode=r.recipe.save.certificate)
     return entry | {"certificate": certificate.plain()}
 
 
 def train(
-    step: Step, source: Checkpoint, folder: Path, part: Path, seed: int, shard_size: int, rounds: int, tick: Callable[[int, int], None]
+    step: Step, source: Checkpoint, folder: Path, part: Path, seed: int, save: Save, rounds: int, tick: Tick, say: Say = lambda n: None
 ) -> dict[str, Any]:
     """Train and write the plain model into `part`; runs in every process, the first one writes. Returns the step's entry."""
     knobs, techniques = step.knobs, registry.techniques(step.entry, step.knobs)
     for t in techniques:
         t.round = rounds
-    tokenizer, vocab = source.tokenizer(), int(source.hf_config.get_text_config().vocab_size)
+    tokenizer, vocab = with_template(source.tokenizer(), knobs.data.chat_template), int(source.hf_config.get_text_config().vocab_size)
     check_vocabulary(tokenizer, vocab, source.folder)
-    combine(techniques, surroundings(source.skeleton, knobs.train))
-
-    def rows_of(data: Data) -> Rows:
-        return make_rows(techniques, data, tokenizer, vocab, knobs.train, seed)
-
-    rows, evals = rows_of(knobs.data), {n: rows_of(d) for n, d in knobs.evals.items()}
+    combine(techniques, environment(source.skeleton, knobs.train))
+    objective = objective_class(source.skeleton)(source.skeleton, tokenizer, seed, knobs.train.mask_share)
+    model = source.model(precision.load_type(knobs.train, source.types()))
+    maker = RowMaker(techniques, objective, model, tokenizer, vocab, knobs.train, seed)
+    rows, evals = maker(knobs.data), {n: maker(d) for n, d in knobs.evals.items()}
     if not evals and len(rows) > 1 and knobs.holdout:
         at = max(1, len(rows) - max(1, round(len(rows) * knobs.holdout)))
         rows, evals["held out"] = rows.split(at)
     settings = knobs.train
     for t in techniques:
         settings = t.settings(rows, settings)
-    outcome = fit(source.model(), rows, settings, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick)
-    entry = {
+    outcome = fit(
+        model, rows, settings, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick, say=say, objective=objective
+    )
+    entry = _entry(outcome, rows)
+    if dist.rank() == 0:
+        _write(outcome, entry, techniques, source, tokenizer, rows, evals or {"data": rows}, knobs.train.batch, folder, part, save)
+    return entry
+
+
+def _entry(outcome: Outcome, rows: TokenRows) -> dict[str, Any]:
+    return {
         "facts": {
             "data": rows.facts,
             "steps": outcome.steps,
@@ -79,29 +93,84 @@ def train(
         },
         "evals": outcome.evals,
         "liveness": outcome.liveness,
+        "log": outcome.log,
+        "notes": outcome.notes,
     }
-    if dist.rank() == 0:
-        model = outcome.model
-        if any(p.role == "router" for p in Anatomy(source.skeleton)):
-            entry["plots"] = routing_plots(model, evals or {"data": rows}, knobs.train.batch)
-        for t in techniques:
-            model = t.export(model, folder)
-        changed = next((t.tokenizer for t in techniques if t.tokenizer is not None), None)
-        write_model(Built(model, changed, source), part, shard_size)
-        entry["facts"]["reload_max_abs_dlogit"] = require_same_when_reloaded(model, Checkpoint(part, incomplete=True))
-    return entry
 
 
-def make_rows(techniques: list[Technique], data: Data, tokenizer: Any, vocab: int, train: Train, seed: int) -> Rows:
-    """The rows of a source as the techniques want them, or as plain texts and chats."""
+def _write(
+    outcome: Outcome,
+    entry: dict[str, Any],
+    techniques: list[Technique],
+    source: Checkpoint,
+    tokenizer: Any,
+    rows: TokenRows,
+    texts: dict[str, TokenRows],
+    batch: int,
+    folder: Path,
+    part: Path,
+    save: Save,
+) -> None:
+    """The plain model, in the type of the source; plots of the routers; what rounding took; where generation stops."""
+    model = outcome.model
+    if any(p.role == "router" for p in Anatomy(source.skeleton)):
+        entry["plots"] = routing_plots(model, texts, batch)
     for t in techniques:
-        if (rows := t.rows(data, tokenizer, vocab, train, seed)) is not None:
-            return rows
-    return tokenize(read(data), tokenizer, vocab, train.context)
+        model = t.export(model, folder)
+    changed = next((t.tokenizer for t in techniques if t.tokenizer is not None), None)
+    if changed is None and getattr(tokenizer, "chat_template", None) != getattr(source.tokenizer(), "chat_template", None):
+        changed = tokenizer
+    stops = list(dict.fromkeys([*rows.stops, *(s for t in techniques for s in t.stops)]))
+    lost = as_stored(model, source, save.dtype)
+    if lost is not None:
+        entry["facts"]["weights that rounding gave back to the source"] = lost
+    built = Built(model, changed, source, stops=stops)
+    entry["facts"] |= write_model(built, part, save.shard_size)
+    if rows.facts.get("answers without an end token"):
+        entry["notes"].append(
+            f"{rows.facts['answers without an end token']} answers end without a special token: the model is not taught to stop after them"
+        )
+    entry["facts"]["reload_max_abs_dlogit"] = require_same_when_reloaded(model, Checkpoint(part, incomplete=True))
 
 
-def routing_plots(model: Any, texts: dict[str, Rows], batch: int) -> list[dict[str, Any]]:
+class RowMaker:
+    """The rows of a source as the techniques want them, or as the objective makes them."""
+
+    def __init__(self, techniques: list[Technique], objective: Objective, model: Any, tokenizer: Any, vocab: int, train: Any, seed: int):
+        self.techniques, self.objective, self.model, self.tokenizer = techniques, objective, model, tokenizer
+        self.vocab, self.train, self.seed = vocab, train, seed
+        self._apart: bool | None = None
+
+    @property
+    def packing(self) -> bool:
+        """Whether several chats share a row."""
+        if self.train.packing != "auto" or self.objective.kind != "causal":
+            return self.train.packing == "yes"
+        if self._apart is None:
+            self._apart = self.model is not None and keeps_apart(self.model)
+        return self._apart
+
+    def __call__(self, data: Data) -> TokenRows:
+        for t in self.techniques:
+            if (rows := t.rows(data, self.tokenizer, self.vocab, self.train, self.seed)) is not None:
+                return rows
+        if not data.path and not data.sources:
+            raise UserError("no data was given", how="give data: {path: FILE, column: NAME}")
+        bins = self.train.batch * self.train.accumulate * dist.world()
+        self.objective.tokenizer = self.tokenizer
+        return self.objective.rows(data, self.vocab, self.train, bins, self.packing)
+
+
+def make_rows(techniques: list[Technique], data: Data, tokenizer: Any, vocab: int, train: Any, seed: int, model: Any) -> TokenRows:
+    """The rows of one source; `model` may be on the meta device, then chats are not packed."""
+    objective = objective_class(model)(model, tokenizer, seed, train.mask_share)
+    return RowMaker(techniques, objective, None if model.device.type == "meta" else model, tokenizer, vocab, train, seed)(data)
+
+
+def routing_plots(model: Any, texts: dict[str, TokenRows], batch: int) -> list[dict[str, Any]]:
     """How the routers use their experts on the held-out texts, 64 rows of each at most; one process alone."""
+    from modelwright.core.data.rows import collate
+
     counts: dict[str, Any] = {}
     model.eval()
     with watch(model) as seen, torch.no_grad():

@@ -91,6 +91,7 @@ class CRlft(Technique):
         if self.knobs.end not in tokenizer.all_special_tokens:  # only a special token is safe from the text of messages
             tokenizer.add_special_tokens({"additional_special_tokens": [self.knobs.end]}, replace_extra_special_tokens=False)
         self._end = tokenizer.convert_tokens_to_ids(self.knobs.end)
+        self.stops = (self._end,)
         first = tokenizer("", add_special_tokens=True)["input_ids"][:1]
         self._start = first if first == [tokenizer.bos_token_id] else []
         tokenizer.chat_template = _TEMPLATE % (

@@ -68,7 +68,7 @@ class Constraint(LossTerm):
             localized(mass(w, batch["real"], k.mass)[rows], types, delta=k.delta, convention=k.convention, form=k.form) for w in o.sink
         ]
         o.sink.clear()
-        return torch.stack(total).sum()[None] if int(rows.sum()) * k.experts > 1 else outputs.logits.new_zeros(1)
+        return torch.stack(total).sum()[None] if int(rows.sum()) * k.experts > 1 else torch.zeros(1, device=batch["real"].device)
 
 
 class LoraMoe(Technique):

@@ -61,12 +61,15 @@ class Migu(Technique):
     def __init__(self, knobs: Knobs):
         self.knobs, self.steps, self.leaked, self.movement = knobs, 0, 0.0, 0.0
         self.masks: dict[str, Tensor] = {}  # plain name -> which units may move
-        self._real: Tensor | None = None
+        self._real: dict[str, Tensor] = {}  # which tokens of the batch count, flat; of a decoder with an encoder too
+        self.whole_logits = knobs.head
         self._count = torch.zeros((), dtype=torch.float64)
         self._kept: dict[str, Tensor] = {}
 
     def select(self, model: Any, anatomy: Anatomy, seed: int) -> None:
-        wanted = {"all": ("attn.", "ffn.", "shared."), "attention": ("attn.",), "ffn": ("ffn.", "shared.")}[self.knobs.layers]
+        wanted = {"all": ("attn.", "cross.", "ffn.", "shared."), "attention": ("attn.", "cross."), "ffn": ("ffn.", "shared.")}[
+            self.knobs.layers
+        ]
         wanted += ("head",) if self.knobs.head else ()
         if self.knobs.layers != "attention" and anatomy.experts:
             raise UserError(
@@ -79,6 +82,8 @@ class Migu(Technique):
                 "migu cannot mask LoRAMoE's experts", "no layer has the output of one of them", "tune with one of the two, or merge first"
             )
         self.seed, self.targets = seed, self._targets(model, anatomy, wanted)
+        across = {p.name for p in anatomy if p.role in ("cross.k", "cross.v")}  # of a decoder, but they see the encoder's tokens
+        self._decoder = ["decoder." in t.weight and t.weight not in across for t in self.targets]
         self._sums = [torch.zeros(t.units) for t in self.targets]
         self._seen: set[int] = set()
         self._handles = [t.layer.register_forward_hook(self._watch(i)) for i, t in enumerate(self.targets)]
@@ -108,11 +113,13 @@ class Migu(Technique):
 
     def _watch(self, i: int) -> Any:
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
-            if self._real is None or i in self._seen:  # not training, or recomputed for the backward pass
+            if not self._real or i in self._seen:  # not training, or recomputed for the backward pass
                 return
             self._seen.add(i)
             with torch.no_grad():
-                fired = self._real @ output.detach().flatten(0, -2).abs().float()
+                of = "decoder" if self._decoder[i] else "real"
+                real = self._real.get(of, self._real["real"])
+                fired = real @ output.detach().flatten(0, -2).abs().float()
                 self._sums[i] = self._sums[i].to(output.device) + fired
 
         return hook
@@ -121,7 +128,11 @@ class Migu(Technique):
         if self.first_task and not self.knobs.mask_first:
             return
         real = torch.ones_like(batch["real"]) if self.knobs.include_padding else batch["real"]
-        self._real, self._seen = real.flatten().float(), set()
+        self._real, self._seen = {"real": real.flatten().float()}, set()
+        if "decoder_real" in batch:
+            self._real["decoder"] = (
+                (torch.ones_like if self.knobs.include_padding else torch.clone)(batch["decoder_real"]).flatten().float()
+            )
         self._count += float(real.sum())
 
     def _choose(self) -> None:
@@ -139,10 +150,10 @@ class Migu(Technique):
 
     def on_gradients(self, named: Named) -> None:
         self.steps += 1
-        if self._real is None:
+        if not self._real:
             return
         self._choose()
-        self._real, self._count = None, torch.zeros((), dtype=torch.float64)
+        self._real, self._count = {}, torch.zeros((), dtype=torch.float64)
         self._sums = [torch.zeros_like(s) for s in self._sums]
         measure = self.knobs.leak_every and self.steps % self.knobs.leak_every == 0
         for p, mask, across in self._masked(named):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_methods import B, D, G, H, T, kept, read_of, weights
+from test_baselines import B, D, G, H, T, kept, read_of, weights
 
 from modelwright.cache.engine.method import Read
 from modelwright.cache.evictors.baselines import H2O

@@ -10,7 +10,7 @@ from families import model_of
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.model.anatomy import Anatomy
-from modelwright.core.train.technique import Technique, combine, in_out, marks, movement, plain_name, surroundings
+from modelwright.core.train.technique import Technique, changed_units, checksums, combine, environment, in_out, plain_name
 from modelwright.tune import c_rlft, full, hft, key_value, lora, migu
 from small import go, rows
 
@@ -67,14 +67,14 @@ def test_names_under_adapters_and_wrappers_are_those_of_the_plain_model(kind: st
 def test_one_flipped_bit_is_seen_in_its_unit_and_nowhere_else(kind: str, dtype: str) -> None:
     model, g = model_of(kind, dtype=dtype), torch.Generator().manual_seed(0)
     for name, p in model.named_parameters():
-        before = marks(model)
-        assert not any(m.any() for m in movement(model, before).values())
+        before = checksums(model)
+        assert not any(m.any() for m in changed_units(model, before).values())
         flat = p.data.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[p.element_size()]).view(-1)
         at, bit = (int(torch.randint(n, (), generator=g)) for n in (p.numel(), 8 * p.element_size() - 1))
         flat[at] ^= 1 << bit
         index = torch.unravel_index(torch.tensor(at), p.shape)
         unit = index[-1] if in_out(model, name) or p.dim() == 1 else index[0] if p.dim() == 2 else index[0] * p.shape[1] + index[1]
-        changed = movement(model, before)
+        changed = changed_units(model, before)
         assert {n for n, m in changed.items() if m.any()} == {name}
         assert changed[name].nonzero().flatten().tolist() == [int(unit)]
         flat[at] ^= 1 << bit
@@ -83,19 +83,19 @@ def test_one_flipped_bit_is_seen_in_its_unit_and_nowhere_else(kind: str, dtype: 
 def test_marks_see_swapped_values_and_signs() -> None:
     layer = nn.Linear(4, 2, bias=False)
     layer.weight.data = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, -1.0, 5.0]])
-    before = marks(layer)
+    before = checksums(layer)
     layer.weight.data[0, :2] = torch.tensor([2.0, 1.0])
-    assert movement(layer, before)["weight"].tolist() == [True, False]
-    before = marks(layer)
+    assert changed_units(layer, before)["weight"].tolist() == [True, False]
+    before = checksums(layer)
     layer.weight.data[1, 1:3] = torch.tensor([-1.0, 1.0])
-    assert movement(layer, before)["weight"].tolist() == [False, True]
+    assert changed_units(layer, before)["weight"].tolist() == [False, True]
 
 
 # ---- what does not go together ---------------------------------------------------------------------------------------
 def deepspeed(stage: str, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
-    return surroundings(nn.Linear(1, 1), Train())
+    return environment(nn.Linear(1, 1), Train())
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
@@ -132,7 +132,7 @@ def test_deepspeed_is_refused_within_a_run_before_anything_is_trained(tmp_path: 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_surroundings_name_the_strategy_only_with_several_processes(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    around = surroundings(nn.Linear(1, 1), Train(strategy="fsdp2", gradient_checkpointing=True))
+    around = environment(nn.Linear(1, 1), Train(strategy="fsdp2", gradient_checkpointing=True))
     assert around == {"fused", "gradient_checkpointing"} | ({"fsdp2"} if processes > 1 else set())
 
 

@@ -1,32 +1,158 @@
-"""Chats as token ids: one rendering, and which tokens the assistant says."""
+"""Chats as token ids: one rendering by the tokenizer's template, and which of its characters the assistant says.
 
+What is trained is exactly what `apply_chat_template` gives, tokenised as a whole. The assistant's characters are those that the
+template marks with {% generation %}; where it marks none they are found by rendering the chat once more with other words in the
+assistant's place: what both renderings share is the template's. A turn is learnt from the end of the generation prompt to the end of
+the content, and on to the special token that follows it: a model that never learns this token never stops.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from modelwright.core.errors import UserError
+from modelwright.core.data.read import Chat
+from modelwright.core.errors import UserError, did_you_mean, short
+
+TEMPLATES = {
+    "turns": "{% for m in messages %}{{ m['role'].title() + ': ' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}",
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+}
+_MARK = "\u2402"  # a character that stands in no chat
 
 
-def render_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-    """Token ids of a chat by the tokenizer's template, and a mask that is true on what the assistant says."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("the tokenizer has no chat template", "the data holds messages", "use a chat model's tokenizer, or a text column")
-    for i, message in enumerate(messages):
-        if not (isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            raise UserError(f"message {i} of a chat lacks role or content", f"it has {', '.join(map(str, message))}", "give both as text")
-    ids: list[int] = []
-    mask: list[bool] = []
+@dataclass(frozen=True)
+class Rendered:
+    """The rendered chat, and (begin, end) of what the assistant says in it, in characters; the end token is not included."""
 
-    def upto(n: int, prompt: bool, learnt: bool) -> None:
-        nonlocal ids, mask
-        now = tokenizer.apply_chat_template(messages[:n], add_generation_prompt=prompt, return_dict=False)
-        if now[: len(ids)] != ids:
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class RefusedChat(ValueError):
+    """A chat that the template refuses, or in which the assistant's words cannot be told apart."""
+
+
+class Renderer:
+    """Renders chats by one tokenizer's template."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        if not getattr(tokenizer, "chat_template", None):
             raise UserError(
-                "the chat template rewrites earlier turns", "the assistant's tokens cannot be told apart", "use another template"
+                "the tokenizer has no chat template", "the data holds chats", "give data.chat_template (a file, turns or chatml), or texts"
             )
-        mask += [learnt] * (len(now) - len(ids))
-        ids = now
 
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i:  # what opens the turn is given, what follows is learnt
-            upto(i, True, False)
-        upto(i + 1, False, message["role"] == "assistant" and i > 0)
-    return ids, mask
+    @cached_property
+    def marked(self) -> bool:
+        """Whether the template says itself what the assistant generates."""
+        template = self.tokenizer.chat_template
+        texts = template.values() if isinstance(template, dict) else [template]
+        return any(re.search(r"\{%-?\s*generation\s*-?%\}", t) for t in texts)
+
+    @cached_property
+    def prompt(self) -> str:
+        """What the template puts before an answer of the assistant; empty where it has no such part."""
+        one = [{"role": "user", "content": "x"}]
+        try:
+            asked, plain = self._apply(one, None, add_generation_prompt=True), self._apply(one, None)
+        except RefusedChat:
+            return ""
+        return asked.removeprefix(plain) if asked.startswith(plain) else ""
+
+    def render(self, chat: Chat) -> Rendered:
+        """The chat as text, and the assistant's spans. Raises RefusedChat."""
+        if not chat.messages:
+            raise RefusedChat("it has no messages")
+        if self.marked:
+            return self._by_marks(chat)
+        text = self._apply(chat.messages, chat.tools)
+        answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i]
+        if not answers:
+            return Rendered(text, [])
+        parts = self._parts(chat, answers)
+        return Rendered(text, self._spans(text, parts, [chat.messages[i]["content"] for i in answers]))
+
+    def _apply(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        except UserError:
+            raise
+        except Exception as error:  # a template is a program: whatever it raises, the chat cannot be rendered
+            raise RefusedChat(f"the chat template refuses it: {short(error)}") from None
+
+    def _by_marks(self, chat: Chat) -> Rendered:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        options = {"tools": chat.tools, "chat_template": self.tokenizer.get_chat_template(None, chat.tools)}
+        try:
+            texts, spans = render_jinja_template(
+                [chat.messages], return_assistant_tokens_mask=True, **options, **self.tokenizer.special_tokens_map
+            )
+        except Exception as error:
+            raise RefusedChat(f"the chat template refuses it: {short(error)}") from None
+        return Rendered(texts[0], [tuple(s) for s in spans[0]])
+
+    def _parts(self, chat: Chat, answers: list[int]) -> list[str]:
+        """The template's own text before, between and after the assistant's contents."""
+        names = {i: f"{_MARK}{k}{_MARK}" for k, i in enumerate(answers)}
+        other = [m | {"content": names[i]} if i in names else m for i, m in enumerate(chat.messages)]
+        text, found = self._apply(other, chat.tools), []
+        for i in answers:
+            before, mark, text = text.partition(names[i])
+            if not mark:
+                raise RefusedChat("the template does not show what the assistant says")
+            found.append(before)
+        return [*found, text]
+
+    def _spans(self, text: str, parts: list[str], contents: list[str]) -> list[tuple[int, int]]:
+        if not text.startswith(parts[0]):
+            raise RefusedChat("the assistant's words cannot be told apart: the template changes its own text with them")
+        at, spans = len(parts[0]), []
+        for i, content in enumerate(contents):
+            end = self._end(text, at, content, parts[i + 1], last=i + 1 == len(contents))
+            begin = at
+            tail = parts[i][parts[i].rfind(self.prompt) + len(self.prompt) :] if self.prompt and self.prompt in parts[i] else ""
+            if _MARK in tail or len(tail) > 200:
+                tail = ""
+            spans.append((begin - len(tail), end))
+            at = end + len(parts[i + 1])
+        return spans
+
+    @staticmethod
+    def _end(text: str, at: int, content: str, after: str, last: bool) -> int:
+        """Where a content that begins at `at` ends: the template's next part must follow it (templates may strip the content)."""
+        for shown in dict.fromkeys((content, content.strip(), content.lstrip(), content.rstrip())):
+            if (
+                text.startswith(shown, at)
+                and text.startswith(after, at + len(shown))
+                and (not last or at + len(shown + after) == len(text))
+            ):
+                return at + len(shown)
+        found = len(text) - len(after) if last else text.find(after, at) if after else -1
+        if found < at or not text.startswith(after, found):
+            raise RefusedChat("the assistant's words cannot be told apart: the template changes its own text with them")
+        return found
+
+
+def with_template(tokenizer: Any, template: str | None) -> Any:
+    """The tokenizer, with the chat template of a file or of a name of ours where one is given."""
+    if template is None or tokenizer is None:
+        return tokenizer
+    path = Path(template).expanduser()
+    if path.is_file():
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    elif template in TEMPLATES:
+        tokenizer.chat_template = TEMPLATES[template]
+    else:
+        raise UserError(f"no chat template at {template}", "it is neither a file nor a known name", did_you_mean(template, TEMPLATES))
+    return tokenizer
+
+
+def special_texts(tokenizer: Any) -> re.Pattern[str] | None:
+    """What in a message would become a control token."""
+    words = sorted({str(t) for t in tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, words))) if words else None

@@ -1,34 +1,242 @@
-"""From a source to documents: strings, chats or token ids, out of text files, tables and hub datasets."""
+"""From a source to documents: texts, chats, pairs, preferences or token ids, out of text files, tables and hub datasets, as a stream.
 
+A source is recognised by its columns (`recognise`). Rows that hold nothing are counted; a row of another kind than the rest is refused by
+its number, or left out and counted with `refused: drop`.
+"""
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from modelwright.core.data.tables import Table, table
-from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.data.tables import Table, is_number, records, table
+from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import Data
 
 _TEXT = {".txt", ".md", ".py", ".rst", ".tex", ".html"}
+_PIECE = 1 << 20  # characters of a text file that are handed on at once
+_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bing", "bard", "model"), "assistant"),
+    "system": "system",
+    **dict.fromkeys(("tool", "function", "observation"), "tool"),
+}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, or a further piece of the one before: `begins` is false there. A piece begins after a line end and never with a space."""
+
+    text: str
+    begins: bool = True
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages with role and content, and the tools that the template may show."""
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is given and what is learnt."""
+
+    prompt: str
+    completion: str
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to a prompt; each is text or messages, and `prompt` may be empty."""
+
+    prompt: Any
+    chosen: Any
+    rejected: Any
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Token ids."""
+
+    ids: list[int]
+
+
+Document = Text | Chat | Pair | Preference | Ids
+
+
+@dataclass
+class Source:
+    """One source as a stream of documents. `format` names the layout that was recognised; counts grow while it is read."""
+
+    data: Data
+    format: str = ""
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.data.path:
+            raise UserError("no data was given", how="give data: {path: FILE, column: NAME}")
+        self._path = Path(self.data.path).expanduser()
+        self._columns: tuple[str, ...] = ()
+        if is_text(self.data):
+            self.format = "text file"
+            self._rows: Iterator[dict[str, Any]] | None = None
+        else:
+            rows = iter_rows(self.data)
+            first = next(rows, None)
+            if first is None:
+                raise UserError(f"{self._path} holds no text", "it has no rows", "give data with at least one row")
+            ahead = [first, *islice(rows, 15)]
+            self.format, self._columns = recognise(ahead, self.data)
+            if ".csv" in self._path.suffixes[-2:] and all(is_number(r[self._columns[0]]) for r in ahead):
+                raise UserError(
+                    f"column '{self._columns[0]}' of {self._path} holds numbers",
+                    "text, messages or token ids are needed",
+                    "choose another column",
+                )
+            self._rows = chain(ahead, rows)
+
+    def __iter__(self) -> Iterator[tuple[int, Document]]:
+        """Row number from 1, and the document."""
+        if self._rows is None:
+            yield from ((1, piece) for piece in _text_files(self._path, self.data.limit))
+            return
+        kind = None
+        for number, row in enumerate(self._rows, 1):
+            document = self._document(number, row)
+            if document is None:
+                self._count("rows without text")
+                continue
+            kind = kind or type(document)
+            if type(document) is not kind:
+                self.refuse(number, f"it holds {_NAMES[type(document)]} where the others hold {_NAMES[kind]}")
+                continue
+            yield number, document
+
+    def refuse(self, number: int, why: str) -> None:
+        """A row that cannot be used: UserError with its number, or counted where the source says `refused: drop`."""
+        if self.data.refused == "stop":
+            raise UserError(f"row {number} of {self._path} cannot be used", why, "repair it, or set data.refused: drop")
+        self._count("rows refused")
+
+    def _count(self, what: str) -> None:
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+    def _document(self, number: int, row: dict[str, Any]) -> Document | None:
+        values = [row.get(c) for c in self._columns]
+        if self.format == "alpaca":
+            asked, more, told = (v if isinstance(v, str) else "" for v in values)
+            return Pair(f"{asked}\n\n{more}" if more else asked, told) if asked and told else None
+        if self.format == "prompt and completion":
+            prompt, completion = values
+            if isinstance(completion, list):
+                return Chat([*_messages(prompt or [], number), *_messages(completion, number)])
+            return Pair(str(prompt or ""), completion) if isinstance(completion, str) and completion else None
+        if self.format == "chosen and rejected":
+            prompt, chosen, rejected = values
+            return Preference(prompt, chosen, rejected) if chosen and rejected else None
+        return self._single(values[0], number, row.get("tools"))
+
+    def _single(self, value: Any, number: int, tools: Any) -> Document | None:
+        if value is None or (isinstance(value, (str, list)) and not value):
+            return None
+        if isinstance(value, str):
+            return Text(value)
+        if isinstance(value, list) and all(type(v) is int for v in value):
+            return Ids(value)
+        if isinstance(value, list) and all(isinstance(v, dict) for v in value):
+            try:
+                return Chat(_messages(value, number), tools if isinstance(tools, list) else None)
+            except ValueError as error:
+                self.refuse(number, str(error))
+                return None
+        kind = f"lists of {type(value[0]).__name__} values" if isinstance(value, list) else f"{type(value).__name__} values"
+        raise UserError(
+            f"column '{self._columns[0]}' of {self._path} holds {kind}", "text, messages or token ids are needed", "choose another column"
+        )
+
+
+_NAMES = {Text: "text", Chat: "messages", Pair: "a prompt and a completion", Preference: "two answers", Ids: "token ids"}
+
+
+def recognise(rows: list[dict[str, Any]], data: Data) -> tuple[str, tuple[str, ...]]:
+    """The layout of a table's rows, and the columns that it is read from. UserError where no layout fits."""
+    names = list(dict.fromkeys(k for r in rows for k in r))
+    has = set(names)
+    if data.column:
+        if data.column not in has:
+            raise UserError(f"{data.path} has no column '{data.column}'", how=did_you_mean(data.column, names))
+        return f"column {data.column}", (data.column,)
+    for name in ("messages", "conversations", "conversation"):
+        if name in has:
+            return "messages" if name == "messages" else "sharegpt", (name,)
+    if {"chosen", "rejected"} <= has:
+        return "chosen and rejected", ("prompt", "chosen", "rejected")
+    if {"prompt", "completion"} <= has:
+        return "prompt and completion", ("prompt", "completion")
+    if {"instruction", "output"} <= has:
+        return "alpaca", ("instruction", "input", "output")
+    for name in ("text", "input_ids"):
+        if name in has:
+            return {"text": "text", "input_ids": "token ids"}[name], (name,)
+    if len(names) == 1:
+        return f"column {names[0]}", (names[0],)
+    raise UserError(f"{data.path} has several columns", f"they are {', '.join(names)}", "say which one: data: {path: ..., column: NAME}")
+
+
+def _messages(value: Any, number: int) -> list[dict[str, Any]]:
+    """Messages with role and content: ShareGPT's from and value are renamed, content given in parts is joined where all is text."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    found = []
+    for i, m in enumerate(value):
+        role = m.get("role", m.get("from"))
+        content = m.get("content", m.get("value"))
+        if not isinstance(role, str):
+            raise ValueError(f"message {i} has no role: it has {', '.join(map(str, m))}")
+        if "from" in m and role not in _ROLES:
+            raise ValueError(f"message {i} is from '{role[:40]}'; known are {', '.join(_ROLES)}")
+        if isinstance(content, list):
+            if not all(isinstance(p, dict) and p.get("type", "text") == "text" and isinstance(p.get("text"), str) for p in content):
+                raise ValueError(f"message {i} has a part that is not text")
+            content = "".join(p["text"] for p in content)
+        if not isinstance(content, str) and not (content is None and m.get("tool_calls")):
+            raise ValueError(f"message {i} has no content as text")
+        extra = {k: v for k, v in m.items() if k not in ("role", "from", "content", "value") and v is not None}
+        found.append({"role": _ROLES.get(role, role) if "from" in m else role, "content": content or "", **extra})
+    return found
+
+
+def document_of(value: Any) -> Document:
+    """A string, a list of token ids or of messages as a document. Raises ValueError for messages without role or content."""
+    if isinstance(value, str):
+        return Text(value)
+    if isinstance(value, list) and all(type(v) is int for v in value):
+        return Ids(value)
+    if isinstance(value, list) and all(isinstance(v, dict) for v in value):
+        return Chat(_messages(value, 0))
+    if isinstance(value, (Text, Chat, Pair, Preference, Ids)):
+        return value
+    raise ValueError(f"it holds {type(value).__name__} values, and text, messages or token ids are needed")
 
 
 def read(data: Data) -> list[Any]:
-    """The documents of a source: strings, chats (lists of messages) or lists of token ids, in file order.
-
-    Raises UserError for a missing file, an empty one, or a column that is not there.
-    """
-    if not data.path:
-        raise UserError("no data was given", how="give data: {path: FILE, column: NAME}")
-    path = Path(data.path).expanduser()
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT and p.is_file())
-        documents: list[Any] = [p.read_text(encoding="utf-8", errors="replace") for p in files]
-    elif path.suffix in _TEXT and path.is_file():
-        documents = [path.read_text(encoding="utf-8", errors="replace")]
-    else:
-        documents = _column(read_table(data), data, path)
-    documents = [d for d in documents if d is not None and len(d)]
-    if not documents:
-        raise UserError(f"{path} holds no text", "every row is empty" if path.exists() else "", "give data with at least one row")
-    return documents[: data.limit]
+    """All documents of a source in order, as strings, lists of messages, lists of token ids or the objects above; texts are whole."""
+    found: list[Any] = []
+    for _, document in Source(data):
+        if isinstance(document, Text):
+            if document.begins:
+                found.append(document.text)
+            else:
+                found[-1] += document.text
+        else:
+            found.append(document.messages if isinstance(document, Chat) else document.ids if isinstance(document, Ids) else document)
+    if not found:
+        raise UserError(f"{data.path} holds no text", "every row is empty", "give data with at least one row")
+    return found[: data.limit] if not is_text(data) else found
 
 
 def is_text(data: Data) -> bool:
@@ -44,48 +252,99 @@ def read_table(data: Data) -> Table:
     path = Path(data.path).expanduser()
     if path.is_file():
         return table(path)
-    if path.is_absolute() or path.suffix or data.path.startswith("."):
+    rows = list(iter_rows(data))
+    return list(dict.fromkeys(k for r in rows for k in r)), lambda name: [r.get(name) for r in rows]
+
+
+def iter_rows(data: Data) -> Iterator[dict[str, Any]]:
+    """The rows of a table file or a hub dataset, `limit` of them at most; a hub dataset with a limit is streamed."""
+    path = Path(str(data.path)).expanduser()
+    if path.is_file():
+        yield from islice(records(path), data.limit)
+        return
+    if path.is_absolute() or path.suffix or str(data.path).startswith("."):
         raise UserError(f"no data at {path}", how="check the path")
-    return _hub(data)
-
-
-def _hub(data: Data) -> Table:
-    from datasets import load_dataset
-
     try:
-        rows = load_dataset(data.path, split=data.split)
-        return rows.column_names, lambda name: list(rows[name])
+        from datasets import load_dataset
+
+        rows = load_dataset(data.path, split=data.split, streaming=data.limit is not None)
     except Exception as error:
-        raise UserError(
-            f"{data.path} is neither a file nor a hub dataset that can be fetched", str(error).strip().splitlines()[0]
-        ) from None
+        raise UserError(f"{data.path} is neither a file nor a hub dataset that can be fetched", short(error)) from None
+    yield from islice(rows, data.limit)
 
 
-def _column(table: Table, data: Data, path: Path) -> list[Any]:
-    names, values_of = table
-    usual = next((n for n in ("text", "messages", "input_ids") if n in names), None)
-    name = data.column or usual or (names[0] if len(names) == 1 else None)
-    if name is None:
-        raise UserError(f"{path} has several columns", f"they are {', '.join(names)}", "say which one: data: {path: ..., column: NAME}")
-    if name not in names:
-        raise UserError(f"{path} has no column '{name}'", how=did_you_mean(name, names))
-    values = [v for v in values_of(name) if v is not None]
-    one_kind(values, f"column '{name}' of {path}")
-    return values
+# ---- text files --------------------------------------------------------------------------------------------------------
+def _text_files(path: Path, limit: int | None) -> Iterator[Text]:
+    """The pieces of one text file or of all in a folder; `limit` counts lines."""
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.suffix in _TEXT and p.is_file())
+        if not files:
+            raise UserError(f"{path} holds no text", f"no file in it ends with {', '.join(sorted(_TEXT))}")
+    else:
+        files = [path]
+    if not path.exists():
+        raise UserError(f"no data at {path}", how="check the path")
+    if sum(f.stat().st_size for f in files) == 0:
+        raise UserError(f"{path} holds no text", "it is empty", "give data with at least one row")
+    left = limit
+    for file in files:
+        for piece in _pieces(file):
+            if left is not None:
+                lines = piece.text.splitlines(keepends=True)
+                piece = Text("".join(lines[:left]), piece.begins)
+                left -= min(left, len(lines))
+            if piece.text:
+                yield piece
+            if left == 0:
+                return
 
 
-def one_kind(values: list[Any], where: str) -> str:
-    kinds = {_kind(v) for v in values if not isinstance(v, (str, list)) or len(v)}
-    if len(kinds) > 1 or kinds - {"text", "token ids", "messages"}:
-        raise UserError(f"{where} holds {' and '.join(sorted(kinds))}", "text, messages or token ids are needed", "choose another column")
-    return next(iter(kinds), "text")
+def _pieces(file: Path) -> Iterator[Text]:
+    """A file in pieces of about a million characters, cut after single line ends between two characters that are not white space."""
+    kept, begins = "", True
+    for block in _decoded(file):
+        kept += block
+        while len(kept) > _PIECE:
+            cut = _cut(kept)
+            if not cut:
+                break
+            yield Text(kept[:cut], begins)
+            kept, begins = kept[cut:], False
+    if kept:
+        yield Text(kept, begins)
 
 
-def _kind(value: Any) -> str:
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, list) and all(type(v) is int for v in value):
-        return "token ids"
-    if isinstance(value, list) and all(isinstance(v, dict) for v in value):
-        return "messages"
-    return f"lists of {type(value[0]).__name__} values" if isinstance(value, list) else f"{type(value).__name__} values"
+def _cut(text: str) -> int:
+    at = text.rfind("\n", 0, _PIECE)
+    while at > 0:
+        if not text[at - 1].isspace() and not text[at + 1 : at + 2].isspace():
+            return at + 1
+        at = text.rfind("\n", 0, at)
+    return 0
+
+
+def _decoded(file: Path) -> Iterator[str]:
+    """UTF-8 (with or without a mark) or marked UTF-16; anything else is refused with the place of the first byte that does not fit."""
+    with open(file, "rb") as f:
+        head = f.read(2)
+        f.seek(0)
+        kind = "utf-16" if head in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        decoder = codecs.getincrementaldecoder(kind)()
+        at = 0
+        while block := f.read(_PIECE):
+            try:
+                text = decoder.decode(block)
+            except UnicodeDecodeError as error:
+                raise _not_text(file, at + error.start) from None
+            if "\0" in text:
+                raise UserError(f"{file} is not text", "it holds zero bytes", "give a text file")
+            at += len(block)
+            yield text.replace("\r\n", "\n")
+        try:
+            decoder.decode(b"", final=True)
+        except UnicodeDecodeError:
+            raise _not_text(file, at) from None
+
+
+def _not_text(file: Path, at: int) -> UserError:
+    return UserError(f"{file} is not UTF-8", f"byte {at} cannot be read", "convert it, as with iconv -f latin1 -t UTF-8")

@@ -1,33 +1,55 @@
-"""Token rows: the table that training reads, packing of plain texts, padding and collation. What is cut or padded is counted."""
+"""Token rows, as training reads them: what a row is, a small set of rows in memory, filling up a batch, collation."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelwright.core.data.chats import render_chat
-from modelwright.core.data.read import one_kind
-from modelwright.core.errors import UserError
-
 IGNORE = -100
+_FILL = {"labels": IGNORE, "segments": -1, "input_ids": 0, "weights": 0}
+
+
+class TokenRows(torch.utils.data.Dataset, ABC):
+    """Rows of tokens. A row is a dictionary: input_ids (T,), labels (T,) with -100 where nothing is learnt, length, example_id;
+    weights (T,) weigh the learnt tokens; segments (T,) number the texts that share a row, -1 where it is padded: texts of one row do
+    not see each other and each has positions from 0. T is at most `width`."""
+
+    bytes: int  # of the text, for bits per byte; 0 when unknown
+    facts: dict[str, Any]
+    stops: list[int]  # ids that end what the assistant says
+    width: int  # tokens of the longest row, at most
+    packed: bool  # whether several texts share a row
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+
+    @abstractmethod
+    def split(self, at: int) -> tuple["TokenRows", "TokenRows"]:
+        """The first `at` rows and the rest; bytes are shared out by tokens."""
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Tokens of all rows, padding excluded."""
 
 
 @dataclass
-class Rows(torch.utils.data.Dataset):
-    """Token rows of one length: ids (N, T) int32, labels (N, T) with -100 where nothing is learnt, lengths (N,).
-
-    weights (N, T) weigh the learnt tokens. segments (N, T) number the texts that share a row, -1 where it is padded; texts
-    of one row do not see each other and each has positions from 0.
-    """
+class Rows(TokenRows):
+    """Rows in memory: ids (N, T) int32, labels (N, T), lengths (N,), weights (N, T), segments (N, T)."""
 
     ids: Tensor
     labels: Tensor
     lengths: Tensor
-    bytes: int = 0  # of the text, for bits per byte; 0 when unknown
+    bytes: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
     weights: Tensor | None = None
     segments: Tensor | None = None
+    stops: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -37,24 +59,31 @@ class Rows(torch.utils.data.Dataset):
         return row | {k: v[i] for k, v in (("weights", self.weights), ("segments", self.segments)) if v is not None}
 
     @property
+    def width(self) -> int:  # type: ignore[override]
+        return self.ids.shape[1]
+
+    @property
+    def packed(self) -> bool:  # type: ignore[override]
+        return self.segments is not None
+
+    @property
     def tokens(self) -> int:
         return int(self.lengths.sum())
 
     def split(self, at: int) -> tuple["Rows", "Rows"]:
-        """The first `at` rows and the rest; bytes are shared out by tokens."""
         parts = []
         for s in (slice(None, at), slice(at, None)):
             n = int(self.lengths[s].sum())
             size = round(self.bytes * n / max(self.tokens, 1))
             extra = [v if v is None else v[s] for v in (self.weights, self.segments)]
-            parts.append(Rows(self.ids[s], self.labels[s], self.lengths[s], size, self.facts, *extra))
+            parts.append(Rows(self.ids[s], self.labels[s], self.lengths[s], size, self.facts, *extra, stops=self.stops))
         return parts[0], parts[1]
 
 
-class Filled(torch.utils.data.Dataset):
+class PaddedDataset(torch.utils.data.Dataset):
     """Rows and enough empty ones that every optimizer step of every process is full; an empty row counts for nothing."""
 
-    def __init__(self, rows: Rows, multiple: int):
+    def __init__(self, rows: TokenRows, multiple: int):
         self.rows, self.n = rows, -(-len(rows) // multiple) * multiple
 
     def __len__(self) -> int:
@@ -64,28 +93,36 @@ class Filled(torch.utils.data.Dataset):
         if i < len(self.rows):
             return self.rows[i]
         row = self.rows[0]
-        empty = {"labels": IGNORE, "segments": -1, "input_ids": 0, "weights": 0}
-        return {k: torch.full_like(row[k], v) for k, v in empty.items() if k in row} | {"length": torch.tensor(0), "example_id": -1}
+        return {k: torch.full_like(row[k], v) for k, v in _FILL.items() if k in row} | {"length": torch.tensor(0), "example_id": -1}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch cut to its longest row; the attention mask is left out when nothing is padded.
+    """A batch as long as its longest row; the attention mask is left out when nothing is padded.
 
     Rows that hold several texts get position ids instead, from which transformers keeps the texts apart.
     """
     lengths = torch.stack([r["length"] for r in rows])
     longest = max(int(lengths.max()), 2)
-    batch = {k: torch.stack([r[k][:longest] for r in rows]).long() for k in ("input_ids", "labels")}
+    batch = {k: _stacked([r[k] for r in rows], longest, _FILL[k]).long() for k in ("input_ids", "labels")}
     batch["example_id"] = torch.tensor([r["example_id"] for r in rows])
     batch["real"] = torch.arange(longest) < lengths[:, None]  # (B, T): no padding
     if "weights" in rows[0]:
-        batch["weights"] = torch.stack([r["weights"][:longest] for r in rows])
+        batch["weights"] = _stacked([r["weights"] for r in rows], longest, 0)
     if "segments" in rows[0]:
-        batch["segments"] = torch.stack([r["segments"][:longest] for r in rows]).long()
+        batch["segments"] = _stacked([r["segments"] for r in rows], longest, -1).long()
         batch["position_ids"] = positions(batch["segments"])
     elif int(lengths.min()) < longest:
         batch["attention_mask"] = (torch.arange(longest) < lengths.clamp(min=1)[:, None]).long()
     return batch
+
+
+def _stacked(values: list[Tensor], longest: int, fill: int) -> Tensor:
+    if all(len(v) >= longest for v in values):
+        return torch.stack([v[:longest] for v in values])
+    out = values[0].new_full((len(values), longest), fill)
+    for i, v in enumerate(values):
+        out[i, : min(len(v), longest)] = v[:longest]
+    return out
 
 
 def positions(segments: Tensor) -> Tensor:
@@ -94,70 +131,3 @@ def positions(segments: Tensor) -> Tensor:
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return at - torch.where(begins, at, 0).cummax(1).values
-
-
-def tokenize(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> Rows:
-    """Rows of `context` tokens. Texts are packed end to end with an end token between them, nothing dropped; a chat is
-    one row, cut at `context` (counted in `facts`). Raises UserError for a token id that the model has no embedding for."""
-    if one_kind(documents, "the data") != "messages":
-        return _pack(documents, tokenizer, vocab, context)
-    kept, cut = [], 0
-    for messages in documents:
-        ids, mask = render_chat(tokenizer, messages)
-        cut += len(ids) > context
-        kept.append((ids[:context], mask[:context]))
-    n, t = len(kept), max(len(ids) for ids, _ in kept)
-    rows = Rows(
-        torch.zeros(n, t, dtype=torch.int32),
-        torch.full((n, t), IGNORE, dtype=torch.int32),
-        torch.tensor([len(ids) for ids, _ in kept]),
-        facts={"documents": n, "cut at the context": cut},
-    )
-    for i, (ids, mask) in enumerate(kept):
-        row = torch.tensor(ids, dtype=torch.int32)
-        rows.ids[i, : len(ids)] = row
-        rows.labels[i, : len(ids)] = torch.where(torch.tensor(mask), row, IGNORE)
-    _in_vocabulary(int(rows.ids.min()), int(rows.ids.max()), vocab)
-    return _finish(rows)
-
-
-def _pack(documents: list[Any], tokenizer: Any, vocab: int, context: int) -> Rows:
-    size = 0
-    if isinstance(documents[0], str):
-        if tokenizer is None:
-            raise UserError("the checkpoint has no tokenizer", "the data is text", "add tokenizer files, or give a column of token ids")
-        size = sum(len(d.encode()) for d in documents)
-        documents = tokenizer(documents, add_special_tokens=False)["input_ids"]
-    end = None if tokenizer is None else tokenizer.eos_token_id
-    flat = [i for d in documents for i in (d if end is None or d[-1:] == [end] else [*d, end])]
-    if len(flat) < 2:
-        raise UserError("the data has fewer than two tokens", "there is nothing to predict", "give more text")
-    _in_vocabulary(min(flat), max(flat), vocab)
-    stream = torch.tensor(flat, dtype=torch.int32)
-    n = -(-len(stream) // context)
-    ids = torch.zeros(n * context, dtype=torch.int32)
-    ids[: len(stream)] = stream
-    ids = ids.view(n, context)
-    lengths = torch.full((n,), context)
-    lengths[-1] = len(stream) - (n - 1) * context
-    labels = torch.where(torch.arange(context) < lengths[:, None], ids, IGNORE)
-    facts = {"documents": len(documents), "cut at the context": 0, "dropped tokens": 0}
-    if n > 1 and lengths[-1] < 2:  # one token predicts nothing
-        ids, labels, lengths, facts["dropped tokens"] = ids[:-1], labels[:-1], lengths[:-1], 1
-    return _finish(Rows(ids, labels, lengths, size, facts))
-
-
-def _finish(rows: Rows) -> Rows:
-    rows.facts |= {"rows": len(rows), "tokens": rows.tokens, "padded share": 1 - rows.tokens / rows.ids.numel()}
-    if not bool((rows.labels[:, 1:] != IGNORE).any()):
-        raise UserError("no token of the data is to be learnt", "every label is masked", "check the roles or the column")
-    return rows
-
-
-def _in_vocabulary(low: int, top: int, vocab: int) -> None:
-    if top >= vocab or low < 0:
-        raise UserError(
-            f"token id {top if top >= vocab else low} is out of range",
-            f"the model has {vocab} embeddings (ids 0 to {vocab - 1})",
-            "use the tokenizer that belongs to the model",
-        )

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modelwright.core.errors import UserError, did_you_mean, short
-from modelwright.core.model.lineage import LINEAGE, fingerprint
+from modelwright.core.files import fingerprint
+from modelwright.core.model.lineage import LINEAGE
 
 SEEDLING = Path(__file__).parents[2] / "data" / "seedling"
 DTYPES = {
@@ -175,6 +176,10 @@ class Checkpoint:
         tensor = self._open[file].get_tensor(name)
         require_finite(name, tensor, self.folder)
         return tensor
+
+    def types(self) -> set[torch.dtype]:
+        """The types of the stored weights."""
+        return {self.dtype(n) for n in self.table}
 
     def bytes(self) -> int:
         """Bytes of all weight files."""

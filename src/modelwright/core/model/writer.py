@@ -22,8 +22,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from modelwright.core.errors import UserError
+from modelwright.core.files import disk_errors
 from modelwright.core.model.checkpoint import CODES, Checkpoint, config_of, disk_shapes, require_finite
-from modelwright.core.model.lineage import LINEAGE, disk_errors
+from modelwright.core.model.lineage import LINEAGE
 
 _WRITERS = 1  # a file system serialises writes to one file; one thread is enough to overlap them with making tensors
 Piece = tuple[str, Tensor] | tuple[str, Tensor, int]  # name, values, and for a slice of dimension 0 its index
@@ -51,6 +52,7 @@ class Built:
     tokenizer: Any = None
     source: Checkpoint | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    stops: list[int] = field(default_factory=list)  # ids that end what the assistant says: generation stops there
 
 
 @contextmanager
@@ -154,7 +156,7 @@ def write_tensors(blueprint: Blueprint, folder: Path, shard_size: int, tick: Cal
             json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index_map}, indent=1)
         )
     copy_companions(blueprint.source, folder)
-    (folder / "config.json").write_text(json.dumps(blueprint.config, indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(portable_config(blueprint.config), indent=2, sort_keys=True) + "\n")
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:
@@ -163,20 +165,74 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[done:], offset + done
 
 
-def write_model(built: Built, folder: Path, shard_size: int) -> None:
-    """Write an in-memory model with its tokenizer; refuses non-finite weights."""
-    for name, p in built.model.named_parameters():
+def write_model(built: Built, folder: Path, shard_size: int) -> dict[str, Any]:
+    """Write an in-memory model with its tokenizer; refuses non-finite weights. Returns facts: where generation stops."""
+    model, tokenizer = built.model, built.tokenizer
+    for name, p in model.named_parameters():
         require_finite(name, p, "the result")
+    if built.source is not None and "use_cache" in built.source.config:
+        model.config.use_cache = built.source.config["use_cache"]
+    if built.stops and tokenizer is None and built.source is not None:
+        tokenizer = built.source.tokenizer()
+    facts = set_stops(model, tokenizer, built.stops)
     try:
-        built.model.save_pretrained(folder, max_shard_size=shard_size)
+        model.save_pretrained(folder, max_shard_size=shard_size)
     except SafetensorError as error:
         if f"os error {errno.ENOSPC}" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise
-    if built.tokenizer is not None:
-        built.tokenizer.save_pretrained(folder)
-    elif built.source:
+    config = folder / "config.json"
+    config.write_text(json.dumps(portable_config(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if built.source and built.tokenizer is None:
         copy_companions(built.source, folder)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(0o644)
+    return facts
+
+
+def set_stops(model: Any, tokenizer: Any, stops: list[int]) -> dict[str, Any]:
+    """Let generation end where training ended the assistant's turns: config, generation config and tokenizer agree."""
+    if not stops:
+        return {}
+    if model.can_generate() and getattr(model, "generation_config", None) is not None:
+        before = model.generation_config.eos_token_id
+        old = before if isinstance(before, list) else [] if before is None else [before]
+        ends = list(dict.fromkeys([*stops, *old]))
+        model.generation_config.eos_token_id = model.config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    said = [str(s) for s in stops]
+    if tokenizer is not None:
+        said = [str(w) for w in tokenizer.convert_ids_to_tokens(stops)]
+        tokenizer.eos_token = said[0]
+    return {"generation stops at": ", ".join(said)}
+
+
+def as_stored(model: Any, source: Checkpoint, dtype: str) -> float | None:
+    """Round the model in place to the type that it is saved in: the source's, tensor by tensor where their names agree, or `dtype`.
+
+    Returns the share of 16-bit weights that rounding gave back to the source although they were trained (None where there are none).
+    """
+    wanted = None if dtype == "source" else getattr(torch, dtype)
+    kinds = [source.dtype(n) for n in source.table]
+    usual = max(set(kinds), key=kinds.count)
+    same = total = 0
+    for name, p in model.named_parameters():
+        stored = source.dtype(name) if name in source else usual
+        kind = wanted or (stored if stored.is_floating_point else usual)
+        with torch.no_grad():
+            before = p.data
+            if p.dtype != kind:
+                p.data = p.data.to(kind)
+            if kind.itemsize == 2 and before.dtype == torch.float32 and name in source and p.shape == source.shape(name):
+                step = max(1, p.numel() // 4096)
+                old, exact = source.get(name).flatten()[::step].to(before.device), before.flatten()[::step]
+                moved = exact != old.float()
+                same += int(((p.flatten()[::step] == old) & moved).sum())
+                total += int(moved.sum())
+    model.config.dtype = wanted or usual
+    return same / total if total else None
 
 
 def copy_companions(source: Checkpoint, folder: Path) -> None:
@@ -195,6 +251,19 @@ def write_card(folder: Path, title: str, base: str, steps: list[dict[str, Any]],
         f"---\nlibrary_name: transformers\ntags: [modelwright]\n---\n# {title}\n\nMade by modelwright; loads as `{loads_in}`.\n\n"
         f"| measured | value |\n|---|---|\n{table}\n\n## Recipe\n```yaml\n{recipe}```\n\nThe full lineage is in `{LINEAGE}`.\n"
     )
+
+
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """A config that older engines read too: transformers 4 and vLLM look for rope_theta, rope_scaling and num_experts at the top."""
+    made = dict(config)
+    rope = config.get("rope_parameters")
+    if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):
+        made.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        if rope.get("rope_type", "default") != "default":
+            made.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
+    if "num_local_experts" in config and config.get("model_type") in ("qwen3_moe", "qwen2_moe", "olmoe"):
+        made.setdefault("num_experts", config["num_local_experts"])
+    return made
 
 
 def natural(name: str) -> list[Any]:

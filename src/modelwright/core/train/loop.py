@@ -1,12 +1,21 @@
-"""The only training loop: any techniques, one process or many, resumed bit for bit.
+"""The only training loop: any techniques under any objective, one process or many, resumed bit for bit.
 
-DDP is the Trainer's own. FSDP2 is applied here: the Trainer's path to it
-falls back to DDP without a word where there is no GPU.
+One optimizer step, with the places where techniques act:
+
+    for batch in window:                     # accumulation; Trainer.get_batch_samples counts the targets of all processes first
+        technique.before_batch(batch)
+        loss = objective.forward(model, batch) / count  +  sum of the techniques' loss terms / their counts
+        loss.backward()
+    technique.on_gradients(parameters)       # edit gradients
+    clip; optimizer.step()
+    technique.after_step(parameters)         # edit weights
+    first step with a learning rate: technique.liveness(what moved)
+
+Before all of it: attach (new modules), select (what may move), prepare (rows). DDP is the Trainer's own. FSDP2 is applied
+here: the Trainer's path to it falls back to DDP without a word where there is no GPU.
 """
 
-import json
 import math
-import shutil
 import signal
 import threading
 from collections.abc import Callable
@@ -19,14 +28,17 @@ from pyarrow import concat_tables, parquet
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from modelwright.core.data.rows import Filled, Rows, collate
+from modelwright.core.data.rows import PaddedDataset, TokenRows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.model.anatomy import Anatomy
-from modelwright.core.train import dist
+from modelwright.core.train import dist, precision
+from modelwright.core.train.objective import NextToken, Objective, objective_class
 from modelwright.core.train.recorder import Recorder
-from modelwright.core.train.technique import LossTerm, Technique, combine, marks, movement, surroundings
-from modelwright.core.train.trainer import COMPLETE, Trainer, forward, step_of
+from modelwright.core.train.sight import Sight
+from modelwright.core.train.states import all_states, damaged_states, facts_of, latest_state, remove_unfinished, step_of
+from modelwright.core.train.technique import LossTerm, Technique, changed_units, checksums, combine, environment
+from modelwright.core.train.trainer import Trainer
 
 _RECOMPUTE = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in TrainingArguments.__dataclass_fields__)
 
@@ -44,76 +56,49 @@ class Outcome:
     dynamics: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)  # by technique
     model: Any = None  # on every process the trained model; under FSDP2 whole on the first and None on the others
+    log: list[dict[str, Any]] = field(default_factory=list)  # step, loss, lr, grad_norm, tokens_per_second
+    notes: list[str] = field(default_factory=list)  # what a person should know
 
     def at(self, name: str, last: bool = True) -> dict[str, Any]:
         """The first or last evaluation of one held-out text."""
         return [e for e in self.evals if e["name"] == name][-1 if last else 0]
 
 
-class _Loop(TrainerCallback):
-    """Progress, evaluation, liveness and a graceful Ctrl-C."""
-
-    def __init__(
-        self,
-        techniques: list[Technique],
-        evaluate: Callable[[int], None],
-        every: int,
-        tick: Callable[[int, int], None],
-        outcome: Outcome,
-        lr: Callable[[], float],
-    ):
-        self.techniques, self.evaluate, self.every, self.tick, self.outcome, self.lr = techniques, evaluate, every, tick, outcome, lr
-        self.interrupted = False
-        self._before: dict[str, Tensor] = {}
-        self.named: Callable[[], list] = list
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if state.global_step == 0:
-            self.evaluate(0)
-        if not self.outcome.liveness:
-            self._before = marks(model)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        for t in self.techniques:
-            t.after_step(self.named())
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        if self._before and self.lr() > 0:  # the first step of a warm-up has learning rate 0
-            moved = movement(model, self._before)
-            self.outcome.liveness = [t.liveness(moved) for t in self.techniques]
-            self._before = {}
-        self.tick(state.global_step, state.max_steps)
-        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.evaluate(state.global_step)
-        if dist.any_of(self.interrupted):
-            self.interrupted = True
-            control.should_save = control.should_training_stop = True
-
-
+# ---- evaluation --------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def evaluate_rows(model: Any, rows: Rows, batch: int) -> dict[str, float]:
-    """Mean next-token loss in nats, and bits per byte of the text (tokens per byte of the whole times bits per token).
-
-    Weights of the rows say what counts, not how much. Several processes share the batches.
-    """
+def evaluate_rows(model: Any, rows: TokenRows, batch: int, objective: Objective | None = None) -> dict[str, float]:
+    """Mean loss of the targets in nats, and bits per byte of the text where its bytes are known (tokens per byte of the whole times bits
+    per token). Weights of the rows say what counts, not how much. Several processes share the batches."""
     training, term = model.training, LossTerm()
+    objective, own = objective or NextToken(model), objective is None
+    if own:
+        objective.install(model)
     model.eval()
-    full = Filled(rows, batch * dist.world())
-    total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    full = PaddedDataset(rows, batch * dist.world())
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, total: Any, count: Any) -> None:
+        pair = torch.tensor([float(total), float(count)], dtype=torch.float64)
+        sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
+
     for i in range(batch * dist.rank(), len(full), batch * dist.world()):
-        b = {k: v.to(model.device) for k, v in collate([full[j] for j in range(i, i + batch)]).items()}
+        b = {k: v.to(model.device) for k, v in objective.collate([full[j] for j in range(i, i + batch)]).items()}
         b.pop("weights", None)
-        total += term.sums(b, forward(model, b)).sum().cpu()
-        count += term.count(b).cpu()
+        outputs = objective.forward(model, b, term.weights(b))
+        add("loss", outputs.total, term.count(b))
+        for name, (total, count) in objective.further(b, outputs).items():
+            add(name, total, count)
+    if own:
+        objective.remove()
     dist.reshard(model)
     model.train(training)
-    total, count = dist.sum_over_ranks(total, count)
-    loss = float(total) / max(float(count), 1)
-    bits = {"bits_per_byte": loss / math.log(2) * rows.tokens / rows.bytes} if rows.bytes else {}
-    return {"loss": loss, "tokens": int(count)} | bits
+    flat = dist.sum_over_ranks(*[v for pair in sums.values() for v in pair])
+    means = {n: float(flat[2 * k]) / max(float(flat[2 * k + 1]), 1) for k, n in enumerate(sums)}
+    bits = {"bits_per_byte": means["loss"] / math.log(2) * rows.tokens / rows.bytes} if rows.bytes and objective.kind == "causal" else {}
+    return means | {"tokens": int(flat[1])} | bits
 
 
-def steps_for(rows: Rows, train: Train) -> int:
+def steps_for(rows: TokenRows, train: Train) -> int:
     """Optimizer steps for a token budget or a number of passes."""
     per_epoch = math.ceil(math.ceil(len(rows) / (train.batch * dist.world())) / train.accumulate)
     if not train.tokens:
@@ -122,38 +107,78 @@ def steps_for(rows: Rows, train: Train) -> int:
     return max(1, passes * per_epoch + math.ceil(rest * len(rows) / rows.tokens / (train.batch * train.accumulate * dist.world())))
 
 
-def latest_state(folder: Path) -> Path | None:
-    """The newest resumable state that was saved whole."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / COMPLETE).is_file()]
-    return max(found, key=step_of, default=None)
-
-
+# ---- the run -----------------------------------------------------------------------------------------------------------
 def fit(
     model: Any,
-    rows: Rows,
+    rows: TokenRows,
     train: Train,
     *,
     techniques: list[Technique],
-    evals: dict[str, Rows],
+    evals: dict[str, TokenRows],
     folder: Path,
     seed: int,
     tick: Callable[[int, int], None] = lambda step, of: None,
+    say: Callable[[dict[str, Any]], None] = lambda numbers: None,
+    objective: Objective | None = None,
 ) -> Outcome:
     """Train `model` on `rows`; resumes by itself from the newest whole state in `folder`, bit-equal to an unbroken run.
 
-    Raises UserError for an encoder-decoder model or a loss that is not finite. Returns the outcome; `outcome.model` is the
-    trained model, adapters attached.
+    `tick(step, of)` is called after each step, `say(numbers)` now and then with loss, rate, gradient norm and speed. Raises UserError for
+    a model without a head to train, a loss that diverges, weights that cannot move. `outcome.model` is the trained model with its adapters.
     """
-    if model.config.is_encoder_decoder:
-        raise UserError(
-            f"{type(model).__name__} has an encoder and a decoder", "plain text has no input and target for it", "give a decoder-only model"
-        )
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    if limit and rows.ids.shape[1] > limit:
-        raise UserError(f"context={rows.ids.shape[1]} is longer than the model's {limit} positions", how="lower train.context")
     techniques = techniques or [Technique()]
-    combine(techniques, surroundings(model, train))
+    objective = objective or objective_class(model)(model, None, seed, train.mask_share)
+    require_positions(model, rows)
     torch.manual_seed(seed)
+    model, rows, blocks = _prepared(model, rows, train, techniques, seed)
+    objective.whole_logits = objective.whole_logits or any(t.whole_logits for t in techniques)
+    if rows.packed:
+        require_apart(model)
+    model, empty = _sharded(model, blocks, train)
+    steps, state, saved = steps_for(rows, train), *_found_state(folder)
+    recorder = Recorder(_dynamics(folder, dist.rank()), step_of(state) if state else 0) if train.record else None
+    outcome = Outcome(steps, 0, model=model, notes=[f"{name} was damaged and is not used" for name in damaged_states(folder)])
+    dist.barrier()
+    if dist.rank() == 0:
+        remove_unfinished(folder)
+    if state:
+        outcome.evals, outcome.liveness = saved["evals"], saved["liveness"]
+        for t, s in zip(techniques, torch.load(state / "techniques.pt", weights_only=True), strict=True):
+            t.load_state_dict(s)
+    loop = _Loop(techniques, evals, train, tick, outcome, recorder, objective)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(folder, train, steps, seed),
+        train_dataset=PaddedDataset(rows, train.batch * train.accumulate * dist.world()),
+        data_collator=objective.collate,
+        techniques=techniques,
+        recorder=recorder,
+        objective=objective,
+        settings=train,
+        on_save=lambda: {"evals": outcome.evals, "liveness": outcome.liveness, "tokens": trainer.tokens},
+        callbacks=[loop],
+    )
+    trainer.tokens = saved["tokens"] if state else 0
+    loop.trainer, loop.sight = trainer, Sight(trainer, folder, steps, say)
+    loop.sight.resume(step_of(state) if state else 0)
+    for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ in ("PrinterCallback", "ProgressCallback")]:
+        trainer.remove_callback(c)
+    objective.install(trainer.model)
+    try:
+        _train(trainer, loop, state, steps)
+    finally:
+        objective.remove()
+    return _finished(outcome, trainer, loop, recorder, techniques, empty, folder)
+
+
+def _prepared(model: Any, rows: TokenRows, train: Train, techniques: list[Technique], seed: int) -> tuple[Any, TokenRows, list[Any]]:
+    """The techniques put on model and rows, and weights held in the type they train in. Also gives the model's blocks."""
+    combine(techniques, environment(model, train))
+    if train.attention:
+        try:
+            model.set_attn_implementation(train.attention)
+        except (ValueError, ImportError) as error:
+            raise UserError(f"attention={train.attention} does not work here", str(error).splitlines()[0], "leave it empty") from None
     anatomy = Anatomy(model)
     blocks = [b.module for b in anatomy.blocks]
     for t in techniques:
@@ -161,33 +186,33 @@ def fit(
     for t in techniques:
         t.select(model, anatomy, seed)
         rows = t.prepare(rows)
-    combine(techniques, surroundings(model, train))  # what edits gradients is known only now
+    combine(techniques, environment(model, train))  # what edits gradients is known only now
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"{' and '.join(t.name for t in techniques)} leave nothing to train", "every weight is frozen", "loosen one")
-    if rows.segments is not None:
-        require_apart(model)
-    sharded, empty = dist.world() > 1 and train.strategy == "fsdp2", None
-    if sharded:
-        model.to(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
-        empty = dist.emptied(model)
-        dist.shard(model, blocks)
-    steps = steps_for(rows, train)
-    if dist.rank() == 0:
-        for cut_off in [p for p in folder.glob("checkpoint-*") if not (p / COMPLETE).is_file()]:
-            shutil.rmtree(cut_off)
-    dist.barrier()
+    precision.hold(model, train)
+    return model, rows, blocks
+
+
+def _sharded(model: Any, blocks: list[Any], train: Train) -> tuple[Any, Any]:
+    """The model cut over the processes where that is asked for, and an empty copy that the whole can be gathered in."""
+    if dist.world() == 1 or train.strategy not in ("fsdp2", "hsdp") or any(dist.offset(p) is not None for p in model.parameters()):
+        return model, None
+    model.to(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
+    empty = dist.emptied(model)
+    dist.shard(model, blocks, inside_nodes=train.strategy == "hsdp")
+    return model, empty
+
+
+def _found_state(folder: Path) -> tuple[Path | None, dict[str, Any]]:
     state = latest_state(folder)
-    done = step_of(state) if state else 0
-    recorder = Recorder(_dynamics(folder, dist.rank()), done) if train.record else None
-    outcome = Outcome(steps, 0, model=model)
-    if state:
-        saved = json.loads((state / COMPLETE).read_text())
-        if saved["processes"] != dist.world():
-            before = saved["processes"]
-            raise UserError(f"the run in {folder} was begun with {before} processes", f"now there are {dist.world()}", f"use {before}")
-        outcome.evals, outcome.liveness = saved["evals"], saved["liveness"]
-        for t, s in zip(techniques, torch.load(state / "techniques.pt", weights_only=True), strict=True):
-            t.load_state_dict(s)
+    saved = (facts_of(state) if state else None) or {}
+    if state and saved["processes"] != dist.world():
+        before = saved["processes"]
+        raise UserError(f"the run in {folder} was begun with {before} processes", f"now there are {dist.world()}", f"use {before}")
+    return state, saved
+
+
+def _arguments(folder: Path, train: Train, steps: int, seed: int) -> TrainingArguments:
     cuda = torch.cuda.is_available()
     args = TrainingArguments(
         output_dir=str(folder),
@@ -198,104 +223,148 @@ def fit(
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(train.schedule, train.schedule),
         warmup_steps=round(train.warmup * steps),
         weight_decay=train.weight_decay,
+        optim=precision.optimizer_name(train.optimizer),
         max_grad_norm=train.clip or math.inf,  # without a limit transformers would skip the hook that edits gradients
         seed=seed,
         data_seed=seed,
         logging_strategy="no",
         save_strategy="steps",
         save_steps=train.save_every,
-        report_to=[],
+        report_to=train.report_to,
         disable_tqdm=True,
         remove_unused_columns=False,
         use_cpu=not cuda,
-        bf16=cuda and torch.cuda.is_bf16_supported(),
+        bf16=precision.autocasts() and train.weights == "fp32",
         dataloader_pin_memory=cuda,
         ddp_backend="gloo" if dist.world() > 1 and not cuda else None,
         ddp_find_unused_parameters=False,
     )
     setattr(args, _RECOMPUTE, train.gradient_checkpointing)
+    return args
 
-    def evaluate(step: int) -> None:
-        for name, held_out in evals.items():
-            result = evaluate_rows(trainer.model, held_out, train.batch)
-            if not math.isfinite(result["loss"]):
-                for useless in folder.glob("checkpoint-*"):
-                    shutil.rmtree(useless)
-                raise UserError("the loss is not finite", f"training diverged by step {step}", f"lower train.lr (now {train.lr})")
-            outcome.evals.append({"step": step, "name": name, **result})
-            if recorder:
-                recorder.eval(step, name, result["loss"], int(result["tokens"]))
 
-    loop = _Loop(techniques, evaluate, train.eval_every or max(1, steps // 10), tick, outcome, lambda: trainer.lr_used)
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=Filled(rows, train.batch * train.accumulate * dist.world()),
-        data_collator=collate,
-        techniques=techniques,
-        recorder=recorder,
-        on_save=lambda: {"evals": outcome.evals, "liveness": outcome.liveness, "tokens": trainer.tokens},
-        callbacks=[loop],
-    )
-    loop.named = trainer._named
-    trainer.tokens = saved["tokens"] if state else 0
-    for name in ("PrinterCallback", "ProgressCallback"):
-        for c in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == name]:
-            trainer.remove_callback(c)
-    if state and done >= steps:  # trained to the end, then stopped before the result was published
+def _train(trainer: Trainer, loop: "_Loop", state: Path | None, steps: int) -> None:
+    if state and step_of(state) >= steps:  # trained to the end, then stopped before the result was published
         trainer._load_from_checkpoint(str(state))
-    else:
+        return
+    cache = getattr(trainer.model.config, "use_cache", None)
+    try:
         with _graceful(loop):
             trainer.train(resume_from_checkpoint=str(state) if state else None)
+    finally:
+        if cache is not None:  # the Trainer switches it off in the config that is saved
+            trainer.model.config.use_cache = cache
     if loop.interrupted and trainer.state.global_step < steps:
         raise KeyboardInterrupt
-    outcome.tokens = trainer.tokens
+
+
+def _finished(
+    outcome: Outcome, trainer: Trainer, loop: "_Loop", recorder: Recorder | None, techniques: list[Technique], empty: Any, folder: Path
+) -> Outcome:
+    outcome.tokens, outcome.log = trainer.tokens, loop.sight.lines
     if not outcome.liveness:
         raise UserError(
             "nothing was trained",
-            f"the learning rate was never above zero in {steps} steps",
+            f"the learning rate was never above zero in {outcome.steps} steps",
             "raise train.lr, lower train.warmup or train longer",
         )
     outcome.facts = {t.name: f for t in techniques if (f := t.facts())}
     if recorder:
         outcome.energy_j, outcome.energy_source = recorder.meter.joules(), recorder.meter.source
-        outcome.dynamics = recorder.close(steps)
+        if recorder.lost:
+            outcome.notes.append(f"{recorder.lost} parts of the recorded dynamics were damaged and are missing")
+        outcome.dynamics = recorder.close(outcome.steps)
         _join_dynamics(folder)
-    if sharded:
-        outcome.model = dist.gathered(model, empty)
+    if empty is not None:
+        outcome.model = dist.gathered(outcome.model, empty)
     return outcome
 
 
-def _dynamics(folder: Path, rank: int) -> Path:
-    return folder / (f"dynamics-{rank}.parquet" if rank else "dynamics.parquet")
+class _Loop(TrainerCallback):
+    """Progress, evaluation, liveness, divergence, and a graceful Ctrl-C."""
 
+    trainer: Trainer
+    sight: Sight
 
-def _join_dynamics(folder: Path) -> None:
-    dist.barrier()
-    files = [_dynamics(folder, r) for r in range(dist.world())]
-    if dist.rank() == 0 and len(files) > 1:
-        tables = [parquet.read_table(f) for f in files]
-        others = [t.filter([k == "train" for k in t["kind"].to_pylist()]) for t in tables[1:]]  # evaluations are shared: once is enough
-        whole = concat_tables([tables[0], *others])
-        parquet.write_table(whole.sort_by("step"), files[0], compression="zstd")
-        for f in files[1:]:
-            f.unlink()
+    def __init__(
+        self,
+        techniques: list[Technique],
+        evals: dict[str, TokenRows],
+        train: Train,
+        tick: Callable[[int, int], None],
+        outcome: Outcome,
+        recorder: Recorder | None,
+        objective: Objective,
+    ):
+        self.techniques, self.evals, self.train, self.tick, self.outcome = techniques, evals, train, tick, outcome
+        self.recorder, self.objective = recorder, objective
+        self.every = train.eval_every or max(1, outcome.steps // 10)
+        self.interrupted = False
+        self._before: dict[str, Tensor] = {}
+        self._rounding: precision.Rounding | None = None
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == 0:
+            self.evaluate(0)
+        if not self.outcome.liveness:
+            self._before = checksums(self.trainer.model)
 
-@torch.no_grad()
-def require_apart(model: Any) -> None:
-    """UserError unless the model keeps two texts of one row apart when it is given their position ids."""
-    training, device = model.training, model.device
-    model.eval()
-    ids = torch.tensor([[3, 4, 5, 6, 7, 8]], device=device) % model.config.get_text_config().vocab_size
-    places = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
-    together = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 3:]
-    alone = model(input_ids=ids[:, 3:], use_cache=False).logits
-    model.train(training)
-    if not torch.allclose(together.float(), alone.float(), atol=1e-4 * float(alone.abs().max() + 1)):
-        raise UserError(
-            f"{type(model).__name__} mixes the texts of a packed row", "it makes no attention mask from position ids", "turn packing off"
-        )
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._before and self.trainer.lr_used > 0:
+            self._rounding = precision.Rounding(self.trainer.model)
+            self._rounding.gradients(self.trainer.model)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._rounding is not None:
+            self._check_rounding(self._rounding)
+        for t in self.techniques:
+            t.after_step(self.trainer._named())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._before and self.trainer.lr_used > 0:  # the first step of a warm-up has learning rate 0
+            self._check_liveness()
+        if problem := self.sight.step(state.global_step):
+            self._stop(problem)
+        self.tick(state.global_step, state.max_steps)
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self.evaluate(state.global_step)
+        if dist.any_of(self.interrupted):
+            self.interrupted = True
+            control.should_save = control.should_training_stop = True
+
+    def _check_rounding(self, rounding: precision.Rounding) -> None:
+        self._rounding, stuck = None, rounding.stuck(self.trainer.model)
+        if stuck is None:
+            return
+        said = f"{stuck:.0%} of the trained weights had a gradient and did not move: their type rounds the step away"
+        if stuck > 0.5 and self.train.rounding != "stochastic":
+            raise UserError(
+                said, f"train.weights is stored and train.lr is {self.train.lr}", "use train.weights: fp32 or rounding: stochastic"
+            )
+        self.outcome.notes.append(said)
+
+    def _check_liveness(self) -> None:
+        moved = changed_units(self.trainer.model, self._before)
+        try:
+            self.outcome.liveness = [t.liveness(moved) for t in self.techniques]
+        except RuntimeError as error:
+            raise UserError(str(error), f"train.lr is {self.train.lr}", "raise train.lr, or check what the method may move") from error
+        self._before = {}
+
+    def evaluate(self, step: int) -> None:
+        """Every held-out text; UserError where a loss is not finite."""
+        for name, held_out in self.evals.items():
+            result = evaluate_rows(self.trainer.model, held_out, self.train.batch, self.objective)
+            if not math.isfinite(result["loss"]):
+                self._stop(f"the loss of {name} is not finite at step {step}")
+            self.outcome.evals.append({"step": step, "name": name, **result})
+            if self.recorder:
+                self.recorder.eval(step, name, result["loss"], int(result["tokens"]))
+
+    def _stop(self, problem: str) -> None:
+        kept = [s.name for s in all_states(Path(str(self.trainer.args.output_dir)))]
+        what = f"the states {' and '.join(kept)} are kept" if kept else "no state was saved yet"
+        raise UserError(problem, f"{what}; train.lr is {self.train.lr}", "lower train.lr, or set train.divergence: 0 to go on all the same")
 
 
 class _graceful:
@@ -317,3 +386,58 @@ class _graceful:
     def __exit__(self, *error: object) -> None:
         if self.usable:
             signal.signal(signal.SIGINT, self.before)
+
+
+# ---- requirements ------------------------------------------------------------------------------------------------------
+def require_positions(model: Any, rows: TokenRows) -> None:
+    """UserError for rows that are longer than the positions of the model."""
+    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    if limit and rows.width > limit and not model.config.is_encoder_decoder:
+        raise UserError(f"context={rows.width} is longer than the model's {limit} positions", how="lower train.context")
+
+
+@torch.no_grad()
+def keeps_apart(model: Any) -> bool:
+    """Whether the model keeps two texts of one row apart when it is given their position ids."""
+    training, device = model.training, model.device
+    model.eval()
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]], device=device) % model.config.get_text_config().vocab_size
+    places = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    try:
+        together = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 3:]
+    except (TypeError, ValueError):  # it takes no position ids
+        return False
+    finally:
+        model.train(training)
+    model.eval()
+    alone = model(input_ids=ids[:, 3:], use_cache=False).logits
+    model.train(training)
+    return torch.allclose(
+        together.float(), alone.float(), atol=(1e-4 if alone.dtype == torch.float32 else 3e-2) * float(alone.abs().max() + 1)
+    )
+
+
+def require_apart(model: Any) -> None:
+    """UserError unless the model keeps two texts of one row apart."""
+    if not keeps_apart(model):
+        raise UserError(
+            f"{type(model).__name__} mixes the texts of a packed row",
+            "it makes no attention mask from position ids",
+            "set train.packing: no",
+        )
+
+
+def _dynamics(folder: Path, rank: int) -> Path:
+    return folder / (f"dynamics-{rank}.parquet" if rank else "dynamics.parquet")
+
+
+def _join_dynamics(folder: Path) -> None:
+    dist.barrier()
+    files = [_dynamics(folder, r) for r in range(dist.world())]
+    if dist.rank() == 0 and len(files) > 1:
+        tables = [parquet.read_table(f) for f in files]
+        others = [t.filter([k == "train" for k in t["kind"].to_pylist()]) for t in tables[1:]]  # evaluations are shared: once is enough
+        whole = concat_tables([tables[0], *others])
+        parquet.write_table(whole.sort_by("step"), files[0], compression="zstd")
+        for f in files[1:]:
+            f.unlink()

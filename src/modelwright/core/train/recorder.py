@@ -1,6 +1,7 @@
 """Training dynamics in one parquet file: who was seen when, at what learning rate, with what loss.
 
-Rows of kind 'train' hold one example of one step; rows of kind 'eval' hold one held-out text (`name`). `loss` is the mean
+Rows of kind 'train' hold one example of one step; rows of kind 'eval' hold one held-out text (`name`); rows of kind 'step'
+hold a step's loss over all processes, its learning rate and gradient norm. `loss` is the mean
 over `tokens`, in nats. `energy_j` is joules since the start of the process's run, on rows where it was read; null where
 the machine does not let itself be read. While training runs the rows lie in numbered parts (a kill loses none that a
 resumable state covers); `close()` joins them.
@@ -27,6 +28,7 @@ SCHEMA = pa.schema(
         ("tokens", pa.int32()),
         ("lr", pa.float32()),
         ("energy_j", pa.float64()),
+        ("grad_norm", pa.float32()),
     ]
 )
 
@@ -81,14 +83,18 @@ class Recorder:
     def __init__(self, file: Path, resume_step: int = 0):
         self.file, self.parts = Path(file), Path(file).with_suffix(".parts")
         self.parts.mkdir(parents=True, exist_ok=True)
+        self.lost = 0  # parts that could not be read again
         for part in self._found():
             if not 0 < int(part.stem) <= resume_step or self.file.exists():
                 part.unlink()
-        if self.file.exists():  # closed before: the whole table becomes the first part again
-            table = parquet.read_table(self.file)
-            if resume_step:
-                self._write(table.filter(pc.less_equal(table["step"], resume_step)), self.parts / f"{resume_step:09d}.parquet")
-            self.file.unlink()
+            elif self._table(part) is None:
+                self.lost += 1
+                part.unlink()
+        closed = self._table(self.file) if self.file.exists() else None
+        if closed is not None and resume_step:  # it becomes the first part again
+            table = closed
+            self._write(table.filter(pc.less_equal(table["step"], resume_step)), self.parts / f"{resume_step:09d}.parquet")
+        self.file.unlink(missing_ok=True)
         self.meter = Meter()
         self._steps: list[tuple[Any, ...]] = []
         self._evals: list[dict[str, Any]] = []
@@ -105,6 +111,10 @@ class Recorder:
     def eval(self, step: int, name: str, loss: float, tokens: int) -> None:
         """One held-out text."""
         self._evals.append({"step": step, "kind": "eval", "name": name, "loss": loss, "tokens": tokens, "energy_j": self.meter.joules()})
+
+    def step(self, step: int, loss: float, lr: float, norm: float | None) -> None:
+        """A step of the log: its loss over all processes and its gradient norm."""
+        self._evals.append({"step": step, "kind": "step", "loss": loss, "lr": lr, "grad_norm": norm})
 
     def flush(self, step: int) -> None:
         """Write what was collected up to `step` as one part."""
@@ -132,6 +142,13 @@ class Recorder:
         self._write(pa.concat_tables(tables) if tables else SCHEMA.empty_table(), self.file)
         shutil.rmtree(self.parts)
         return self.file
+
+    @staticmethod
+    def _table(file: Path) -> pa.Table | None:
+        try:
+            return parquet.read_table(file)
+        except (OSError, ValueError):  # ArrowInvalid is a ValueError
+            return None
 
     @staticmethod
     def _write(table: pa.Table, file: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modelwright.core.data.rows import IGNORE, Rows
+from modelwright.core.data.rows import IGNORE, TokenRows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
 from modelwright.core.model.anatomy import Anatomy
@@ -65,6 +65,8 @@ class LossTerm:
 
     def losses(self, batch: dict[str, Tensor], outputs: Any) -> Tensor:
         """Cross-entropy of each predicted token, unweighted, 0 where nothing is learnt; (B, T-1)."""
+        if getattr(outputs, "losses", None) is not None:
+            return outputs.losses
         labels = batch["labels"][:, 1:]
         flat = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
         return flat.view_as(labels)
@@ -83,16 +85,18 @@ class Technique:
     tokenizer: Any = None  # set by `rows` where the method changes it; saved with the result
     round = 0  # tuning steps that the model has been through before this one
     first_task = False  # the first of a sequence of tasks
+    stops: tuple[int, ...] = ()  # ids that end what the assistant says, where the method's own rows teach them
+    whole_logits = False  # reads the logits of all tokens, which are not computed otherwise
 
-    def rows(self, data: Data, tokenizer: Any, vocab: int, train: Train, seed: int) -> Rows | None:
+    def rows(self, data: Data, tokenizer: Any, vocab: int, train: Train, seed: int) -> TokenRows | None:
         """Data policy: the rows of a source; None leaves it to plain texts and chats."""
         return None
 
-    def settings(self, rows: Rows, train: Train) -> Train:
+    def settings(self, rows: TokenRows, train: Train) -> Train:
         """Data policy: training settings that follow from the rows."""
         return train
 
-    def prepare(self, rows: Rows) -> Rows:
+    def prepare(self, rows: TokenRows) -> TokenRows:
         """Data policy: change or reorder rows that are made already."""
         return rows
 
@@ -152,7 +156,7 @@ def overrides(technique: Technique, part: str) -> bool:
     return getattr(type(technique), part) is not getattr(Technique, part)
 
 
-def surroundings(model: Any, train: Train) -> set[str]:
+def environment(model: Any, train: Train) -> set[str]:
     """What the techniques must cope with: processes, sharding, DeepSpeed, recomputation, quantised weights."""
     found = {"fused"} | ({"gradient_checkpointing"} if train.gradient_checkpointing else set())
     if dist.world() > 1:
@@ -164,24 +168,24 @@ def surroundings(model: Any, train: Train) -> set[str]:
     return found
 
 
-def combine(techniques: list[Technique], around: set[str]) -> None:
-    """Raise UserError unless every technique works in these surroundings and with the others; again after selection."""
+def combine(techniques: list[Technique], environment: set[str]) -> None:
+    """Raise UserError unless every technique works in this environment and with the others; again after selection."""
     for part, what in (("rows", "makes the rows"), ("attach", "attaches modules")):
         owners = [t.name for t in techniques if overrides(t, part)]
         if part == "rows" and len(owners) > 1:
             raise UserError(f"{' and '.join(owners)} do not combine", f"each {what} its own way", "choose one of them")
     for t in techniques:
-        needs = around | ({"lora"} if any(o.adapters for o in techniques if o is not t) else set())
+        needs = environment | ({"lora"} if any(o.adapters for o in techniques if o is not t) else set())
         bad = next((n for n in needs if n.startswith("zero") and t.edits), None) or next(iter(sorted(needs - t.supports)), None)
         if bad:
             words = {"lora": "adapters", "4bit": "4-bit weights"}.get(bad, bad.replace("zero", "DeepSpeed ZeRO stage ").replace("_", " "))
             raise UserError(f"{t.name} does not work with {words}", _WHY.get(bad, ""), _HOW.get(bad[:4], _HOW.get(bad, "")))
 
 
-def marks(model: nn.Module) -> dict[str, Tensor]:
+def checksums(model: nn.Module) -> dict[str, Tensor]:
     """A checksum of every output unit of every parameter on this process, by plain name; int64, 8 bytes per unit.
 
-    Two marks differ where a bit of the unit's weights differs (but for one chance in 2^64).
+    Two checksums differ where a bit of the unit's weights differs (but for one chance in 2^64).
     """
     found = {}
     for name, p in model.named_parameters():
@@ -201,9 +205,9 @@ def in_out(model: nn.Module, name: str) -> bool:
     return last == "weight" and type(model.get_submodule(owner)).__name__ == "Conv1D"
 
 
-def movement(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Which output units changed since `before = marks(model)`, seen over all processes: plain name -> (units,) bool."""
-    after, pieces, shapes = marks(model), [], {}
+def changed_units(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Which output units changed since `before = checksums(model)`, seen over all processes: plain name -> (units,) bool."""
+    after, pieces, shapes = checksums(model), [], {}
     for name, p in model.named_parameters():
         key = plain_name(name)
         changed = (before[key] != after[key]).int()

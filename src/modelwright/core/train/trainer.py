@@ -5,8 +5,6 @@ whatever the padding, and two processes are one.
 """
 
 import contextlib
-import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,32 +14,43 @@ from torch import Tensor, nn
 from transformers import Trainer as HFTrainer
 
 from modelwright.core.data.rows import IGNORE
+from modelwright.core.knobs import Train
 from modelwright.core.train import dist
+from modelwright.core.train.objective import NextToken, Objective
+from modelwright.core.train.precision import StochasticAdamW
 from modelwright.core.train.recorder import Recorder
+from modelwright.core.train.states import COMPLETE, disk_sentence, latest_state, mark_complete, step_of
 from modelwright.core.train.technique import LossTerm, Technique, plain_name
 
-COMPLETE = "complete.json"  # written last: a state without it was cut off while being saved
-_KEPT = 2  # resumable states
-
-
-def step_of(state: Path) -> int:
-    """The step that a folder `checkpoint-N` was saved at."""
-    return int(state.name.split("-")[1])
+__all__ = ["COMPLETE", "Trainer", "forward", "latest_state", "step_of"]
 
 
 class Trainer(HFTrainer):
-    """transformers.Trainer with techniques, exact normalisation, a recorder, sharding, and states that are marked when whole."""
+    """transformers.Trainer with techniques, an objective, exact normalisation, a recorder, sharding, and marked states."""
 
     model: Any
     optimizer: Any
     lr_scheduler: Any
 
-    def __init__(self, *, techniques: list[Technique], recorder: Recorder | None, on_save: Callable[[], dict[str, Any]], **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        techniques: list[Technique],
+        recorder: Recorder | None,
+        on_save: Callable[[], dict[str, Any]],
+        objective: Objective | None = None,
+        settings: Train | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.techniques, self.recorder, self.on_save = techniques, recorder, on_save
+        self.objective = objective or NextToken(self.model)
+        self.settings = settings or Train()
         self.terms = [LossTerm(), *(t for q in techniques for t in q.terms())]
         self.loss_is_scaled_for_ga = True
         self.lr_used, self.tokens = 0.0, 0
+        self.norm: Tensor | None = None  # of the last gradient, before clipping
+        self.seen: list[Tensor] = []  # each pass's share of the loss of a step
         self._counts: dict[str, Tensor] = {}
         # The Trainer's name for weights that are DTensors already: it neither wraps nor shards them again.
         self.sharded = self.is_distributed_loading_by_transformers = any(dist.offset(p) is not None for p in self.model.parameters())
@@ -49,13 +58,17 @@ class Trainer(HFTrainer):
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [(plain_name(n), p) for n, p in self.model.named_parameters()]
 
+    # ---- one optimizer step ----------------------------------------------------------------------------------------------
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The batches of one optimizer step, and the counts that its losses are divided by, over all processes."""
         batches = []
         for _ in range(num_batches):
             try:
                 batches.append(next(epoch_iterator))
             except StopIteration:
                 break
+        for b in batches:
+            self.objective.prepare(b, self.state.global_step)
         if batches:
             local = [torch.stack([t.count(b).double() for b in batches]).sum() for t in self.terms]
             real = torch.stack([b["real"].sum() for b in batches]).sum()
@@ -65,19 +78,26 @@ class Trainer(HFTrainer):
         return batches, None
 
     def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The loss of one forward pass: weighted sums over the counts of the whole step."""
         self.lr_used = self._get_learning_rate()
         for t in self.techniques:
             t.before_batch(inputs)
-        outputs = forward(model, inputs)
         lm, *others = self.terms
-        losses = lm.losses(inputs, outputs)
+        outputs = self.objective.forward(model, inputs, lm.weights(inputs))
         if self.recorder:
-            self._record(inputs, losses.detach())
-        total = (losses * lm.weights(inputs)).sum() / self._counts[lm.name].to(losses)
+            self._record(inputs, outputs.losses)
+        total = outputs.total / self._counts[lm.name].to(outputs.total)
+        self.seen.append(total.detach())
         for term in others:
-            total = total + term.weight * term.sums(inputs, outputs).sum() / self._counts[term.name].to(losses)
+            total = total + term.weight * term.sums(inputs, outputs).sum() / self._counts[term.name].to(total)
         total = total * dist.world()  # DDP and FSDP average gradients over processes; the count is already global
         return (total, outputs) if return_outputs else total
+
+    def step_loss(self) -> float:
+        """The loss of the step that just ended, over all processes."""
+        total = torch.stack([s.double() for s in self.seen]).sum() if self.seen else torch.zeros((), dtype=torch.float64)
+        self.seen = []
+        return float(dist.sum_over_ranks(total)[0])
 
     def _record(self, inputs: dict[str, Tensor], losses: Tensor) -> None:
         learnt = inputs["labels"][:, 1:] != IGNORE
@@ -92,7 +112,20 @@ class Trainer(HFTrainer):
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         for t in self.techniques:
             t.on_gradients(self._named())
-        return super()._clip_grad_norm(model)
+        self.norm = super()._clip_grad_norm(model)
+        return self.norm
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, or AdamW with stochastic rounding or bf16 moments."""
+        k = self.settings
+        if self.optimizer is None and k.weights == "stored" and (k.rounding == "stochastic" or k.states == "bf16"):
+            params = [p for p in self.model.parameters() if p.requires_grad]
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            kind = torch.bfloat16 if k.states == "bf16" else torch.float32
+            self.optimizer = StochasticAdamW(params, k.lr, betas, self.args.adam_epsilon, k.weight_decay, self.args.seed, kind)
+            self.optimizer.stochastic = k.rounding == "stochastic"
+            return self.optimizer
+        return super().create_optimizer(*args, **kwargs)
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
@@ -102,20 +135,21 @@ class Trainer(HFTrainer):
         finally:
             self.model.set_requires_gradient_sync(True)
 
+    # ---- states ----------------------------------------------------------------------------------------------------------
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        if self.recorder:
-            self.recorder.flush(self.state.global_step)
-        dist.barrier()
-        if self.args.should_save:
-            torch.save([t.state_dict() for t in self.techniques], folder / "techniques.pt")
-            part = folder / (COMPLETE + ".tmp")
-            part.write_text(json.dumps(self.on_save() | {"step": self.state.global_step, "processes": dist.world()}))
-            part.replace(folder / COMPLETE)
-            for old in sorted(folder.parent.glob("checkpoint-*"), key=step_of)[:-_KEPT]:
-                (old / COMPLETE).unlink(missing_ok=True)  # unmarked first: a state half removed is no state
-                shutil.rmtree(old)
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.recorder:
+                self.recorder.flush(self.state.global_step)
+            dist.barrier()
+            if self.args.should_save:
+                torch.save([t.state_dict() for t in self.techniques], folder / "techniques.pt")
+                mark_complete(folder, self.on_save() | {"step": self.state.global_step, "processes": dist.world()})
+        except (OSError, RuntimeError) as error:
+            if said := disk_sentence(error, folder):
+                raise said from None
+            raise
         dist.barrier()
 
     # Weights are kept under the names they have in memory: those that save_pretrained writes are others for some models (experts), and
@@ -130,6 +164,7 @@ class Trainer(HFTrainer):
         return Path(str(folder)) / f"{what}-{dist.rank() if self.sharded else 0}.pt"
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The weights of a state."""
         file = self._file(output_dir, "weights")
         file.parent.mkdir(parents=True, exist_ok=True)
         if self.sharded or self.args.should_save:
@@ -167,6 +202,6 @@ class Trainer(HFTrainer):
 
 
 def forward(model: Any, batch: dict[str, Tensor]) -> Any:
-    """The model's outputs on a batch as `collate` makes it."""
+    """The model's own outputs, logits included, on a batch as `collate` makes it."""
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
     return model(**inputs, use_cache=False)

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from modelwright.core.errors import UserError
+from modelwright.core.files import disk_errors
 from modelwright.core.job import Job
-from modelwright.core.model.lineage import disk_errors
 from modelwright.core.report.progress import Tick
 
 ANSWERED = ("ok", "cut", "empty")  # cut: at max_tokens. Any other status is the kind of a failure.

@@ -13,7 +13,7 @@ from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.core.train.loop import fit
-from modelwright.core.train.technique import LossTerm, combine, overrides, surroundings
+from modelwright.core.train.technique import LossTerm, combine, environment, overrides
 from modelwright.core.train.trainer import forward
 
 
@@ -30,7 +30,7 @@ class Learner:
         """UserError if these cannot learn a sequence, before anything is measured."""
         if own := next((t.name for t in techniques if overrides(t, "rows")), None):
             raise UserError(f"tune={own} cannot learn a task", "it makes its own rows, and the runner makes them here", "choose another")
-        combine(techniques, surroundings(source.skeleton, self.train))
+        combine(techniques, environment(source.skeleton, self.train))
 
     def _kept(self, i: int) -> Path:
         return self.folder / f"after-{i}"

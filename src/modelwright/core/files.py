@@ -1,0 +1,71 @@
+"""Files: fingerprints of what was read, writing in one rename, what the disk says. Imports nothing heavy."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from modelwright.core.errors import UserError
+
+
+def fingerprint(*files: Path) -> str:
+    """sha256 over the files: whole up to 64 MB each, beyond that size, header and 64 samples of 64 KiB."""
+    digest, sampled = hashlib.sha256(), False
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with open(file, "rb") as f:
+            if size <= 64 << 20:
+                digest.update(f.read())
+                continue
+            sampled = True
+            for i in range(64):
+                f.seek(i * (size - (64 << 10)) // 63)
+                digest.update(f.read(64 << 10))
+    return ("sha256-sampled:" if sampled else "sha256:") + digest.hexdigest()
+
+
+def fingerprint_path(path: Path) -> str:
+    """The fingerprint of a file, or of the files of a folder."""
+    return fingerprint(*(sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]))
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the disk says (no space, no permission) into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no disk space left for {path}", how="free some or choose another folder") from error
+        refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOENT, errno.EINVAL)
+        if error.errno in refusals:
+            raise UserError(f"cannot write {path}", (error.strerror or "the system refuses").lower(), "choose another folder") from error
+        raise
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Plain values to a file, in one rename. A number that is not finite becomes null."""
+    part = file.with_name(file.name + ".tmp")
+    part.write_text(json.dumps(finite(value), indent=1, default=str, allow_nan=False) + "\n")
+    part.replace(file)
+
+
+def finite(value: Any) -> Any:
+    """The same plain values with null in place of NaN and infinity, which JSON cannot hold."""
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+def is_running(process: str) -> bool:
+    """Whether another process of this machine has that number."""
+    return process.isdigit() and int(process) != os.getpid() and Path(f"/proc/{process}").exists()
