@@ -11,8 +11,10 @@ import pytest
 
 import modelwright
 from modelwright.core.errors import UserError
-from modelwright.judge.ask.judges import Answer, Desk, Kept, Prompt
+from modelwright.judge.ask.desk import Desk
+from modelwright.judge.ask.kept import Kept
 from modelwright.judge.ask.prompts import STRATEGIES
+from modelwright.judge.ask.protocol import Answer, Prompt
 from modelwright.judge.ask.verdict import measure, swap_names
 from modelwright.judge.llmbar import ask
 

@@ -14,7 +14,8 @@ import modelwright
 from modelwright.core.errors import UserError
 from modelwright.judge.ask.records import records
 from modelwright.judge.chains.answers import extract, same
-from modelwright.judge.select import METHODS, majority_probability, select, vote
+from modelwright.judge.chains.votes import majority_probability, vote
+from modelwright.judge.select import METHODS, select
 
 TINY = Path(__file__).parent / "tiny"
 

@@ -26,8 +26,10 @@ from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.core.model.lineage import write_json
 from modelwright.judge.ask import prompts
-from modelwright.judge.ask.judges import Answer, Desk, Prompt, failures, open_judge
+from modelwright.judge.ask.desk import Desk, failures
+from modelwright.judge.ask.judges import open_judge
 from modelwright.judge.ask.prompts import STRATEGIES, Strategy
+from modelwright.judge.ask.protocol import Answer, Prompt
 from modelwright.judge.ask.replay import pairs_of, replay
 from modelwright.judge.ask.summary import Run, finding
 from modelwright.judge.ask.verdict import UNPARSED, compare_ratings, parse_verdict, swap, swap_names
