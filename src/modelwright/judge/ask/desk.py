@@ -2,14 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from modelwright.core.report.progress import Tick
 from modelwright.judge.ask.protocol import ANSWERED, Answer, Judge, Prompt
+from modelwright.judge.ask.thoughts import without_thoughts
 
 
 class Desk:
-    """Asks a judge for whole lists, and counts: requests, answers by status, failures on the way, tokens, cost."""
+    """Asks a judge for whole lists. Answers come without what was thought before them.
+
+    Counts requests, answers by status, failures on the way, tokens and cost.
+    """
 
     def __init__(self, judge: Judge, tick: Tick | None = None):
         self.judge, self.tick = judge, tick or Tick()
@@ -23,8 +28,8 @@ class Desk:
         prompts = list(prompts)
         answers: dict[int, Answer] = {}
         for i, answer in self.judge.ask(prompts):
-            answers[i] = answer
             self._count(answer)
+            answers[i] = replace(answer, text=without_thoughts(answer.text))
         for i in range(len(prompts)):
             if i not in answers:  # a judge that forgot one
                 self._count(answers.setdefault(i, Answer(status="not answered")))
