@@ -14,10 +14,11 @@ import numpy as np
 
 from common import SHARED, save, spread
 from modelwright.core.numbers.stats import mcnemar
-from modelwright.judge.aor import Knobs, Request, Scores, run
+from modelwright.judge.aor import Knobs, run
 from modelwright.judge.chains import letters
 from modelwright.judge.chains.answers import same
 from modelwright.judge.chains.questions import Question, coverage, measure, read_chains
+from modelwright.judge.chains.scoring import Request, Scores
 from modelwright.judge.select import select
 
 FILE = SHARED / "selfconsistency" / "esc_gpt35_last_letters.jsonl.gz"

@@ -11,12 +11,14 @@ import pytest
 
 import modelwright
 from modelwright.core.errors import UserError
-from modelwright.judge.aor import Knobs, Request, Scores, run
-from modelwright.judge.ask.judges import Answer, Desk, Prompt
+from modelwright.judge.aor import Knobs, run
+from modelwright.judge.ask.desk import Desk
+from modelwright.judge.ask.protocol import Answer, Prompt
 from modelwright.judge.chains import letters
 from modelwright.judge.chains.answers import Choice
 from modelwright.judge.chains.critic import Critic, parse_scores, render
 from modelwright.judge.chains.questions import Question, read_chains
+from modelwright.judge.chains.scoring import Request, Scores
 from modelwright.judge.select import select
 
 TINY = Path(__file__).parent / "tiny"

@@ -11,8 +11,10 @@ import pytest
 
 import modelwright
 from modelwright.core.errors import UserError
-from modelwright.judge.ask.judges import Answer, Desk, Kept, Prompt
+from modelwright.judge.ask.desk import Desk
+from modelwright.judge.ask.kept import Kept
 from modelwright.judge.ask.prompts import STRATEGIES
+from modelwright.judge.ask.protocol import Answer, Prompt
 from modelwright.judge.ask.verdict import measure, swap_names
 from modelwright.judge.llmbar import ask
 
@@ -37,6 +39,26 @@ def test_every_recorded_run_text_and_rating_is_reproduced(replayed: dict[str, An
     assert [seen[k] for k in ("runs", "same winners", "same accuracy", "same agreement")] == [428] * 4
     assert (seen["completions"], seen["same completions"]) == (45658, 45658)
     assert (seen["ratings"], seen["same ratings"]) == (2933, 2933)
+
+
+def test_a_run_is_read_by_the_pattern_of_its_own_judge(tmp_path: Path) -> None:
+    """PaLM2's CoT is read by the pattern for direct verdicts: what opens a line counts, (a) before (b)."""
+    (tmp_path / "datasets.json").write_bytes((TINY / "datasets.json").read_bytes())
+    subset, labels = "LLMBar/Natural", [r["label"] for r in json.loads((TINY / "datasets.json").read_text())["LLMBar/Natural"]]
+    text = "Output (b) is better.\n\nOutput (a) says more than it was asked for."
+    step = {f"swap = {swap}": {"completion": [text, ""], "winner": winner} for swap, winner in ((False, "1"), (True, "2"))}
+    rows = []
+    for judge, form, winner in (("PaLM2", None, "12"), ("GPT-4", None, "21"), ("Other", "direct", "12")):
+        verdicts = np.array([[int(w)] * len(labels) for w in winner])
+        score = measure(verdicts, np.array(labels))
+        name = {"evaluator": judge, "strategy": "CoT", "subset": subset}
+        winners = {"winner_noswap": winner[0] * len(labels), "winner_swap": winner[1] * len(labels)}
+        rows.append((name | winners | {"acc": score["accuracy"], "agreement": score["agreement"]}, name, form))
+    (tmp_path / "evaluator_winners.jsonl").write_text("\n".join(json.dumps(r) for r, _, _ in rows))
+    completions = [name | {"results": [[step]] * len(labels)} | ({"form": form} if form else {}) for _, name, form in rows]
+    (tmp_path / "completions.jsonl").write_text("\n".join(map(json.dumps, completions)))
+    seen = modelwright.run("judge.llmbar", replay=tmp_path).plain()["metrics"]["reproduced"]
+    assert (seen["runs"], seen["same winners"], seen["same accuracy"]) == (3, 3, 3)
 
 
 def test_averages_of_the_paper_come_out(replayed: dict[str, Any]) -> None:
@@ -68,6 +90,11 @@ def test_a_recorded_figure_that_is_wrong_is_seen(tmp_path: Path) -> None:
         ({"winner_swap": "12"}, "is damaged, because ValueError"),
         ({"winner_swap": "1", "winner_noswap": "1"}, "has 1 verdicts, because its subset has 3 pairs"),
         ({"acc": "high"}, "is damaged"),
+        ({"acc": True}, "is damaged, because ValueError: 'True' is no percentage"),
+        ({"acc": "50.0"}, "is damaged, because ValueError: '50.0' is no percentage"),
+        ({"acc": 10**400}, "is damaged, because ValueError"),
+        ({"agreement": float("nan")}, "is damaged, because ValueError: 'nan' is no percentage"),
+        ({"winner_swap": "1x2"}, "is damaged, because ValueError: '1x2' holds something beside 1, 2 and -"),
         ({"scores": [1, 2, 3]}, "is damaged"),
         ({"strategy": "Vibes"}, "its strategy or its subset is not known"),
         ({"subset": "LLMBar/Wild"}, "its strategy or its subset is not known"),
@@ -81,6 +108,18 @@ def test_a_damaged_record_is_one_sentence(change: dict[str, Any], sentence: str,
     with pytest.raises(UserError) as error:
         modelwright.run("judge.llmbar", replay=tmp_path)
     assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_run_or_a_pair_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    lines = (TINY / "evaluator_winners.jsonl").read_text().splitlines()
+    (tmp_path / "evaluator_winners.jsonl").write_text("\n".join([*lines, lines[0]]))
+    (tmp_path / "datasets.json").write_bytes((TINY / "datasets.json").read_bytes())
+    with pytest.raises(UserError, match="row 11 of .* has the run .* again, because a run that stands twice would count twice"):
+        modelwright.run("judge.llmbar", replay=tmp_path)
+    pair = {"input": "x", "output_1": "y", "output_2": "z", "label": 1}
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, [pair, pair | {"input": "w"}, pair])))
+    with pytest.raises(UserError, match="row 3 of pairs in .* is row 1 again"):
+        modelwright.run("judge.llmbar", base="seedling", pairs=tmp_path / "pairs.jsonl")
 
 
 class Stub:
@@ -162,6 +201,52 @@ def test_requests_that_failed_leave_verdicts_unparsed_and_are_counted() -> None:
     assert (verdicts == 0).all() and desk.plain()["failed"] == {"timeout": 15} and desk.plain()["troubles_on_the_way"] == {"timeout": 30}
 
 
+class Says(Stub):
+    """Gives the same answer to everything."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
+        yield from ((i, Answer(self.text, "ok" if self.text else "empty")) for i in range(len(prompts)))
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("<think>Output (b) is longer.\nOutput (b)</think>\n\nOutput (a)", 1),
+        ("I look at both.</think>Output (a)", 1),
+        ("<think>Output (a), or is it", 0),
+        ("Output (a)", 1),
+    ],
+)
+def test_what_a_judge_thinks_before_its_verdict_is_no_part_of_it(text: str, read: int) -> None:
+    verdicts, _ = ask(Desk(Says(text)), _pairs(1)[0], STRATEGIES["rules"])
+    assert verdicts[0, 0] == read
+    assert Desk(Says("<think>3, no 9</think> 7"))([Prompt((("user", "?"),))])[0].text == "7"
+
+
+def test_verdicts_that_were_not_given_agree_with_nothing_and_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelwright.judge import llmbar
+
+    monkeypatch.setattr(llmbar, "open_judge", lambda *args: Kept(Says("")))
+    result = modelwright.run("judge.llmbar", pairs=TINY / "datasets.json", subsets=["Natural"], strategies=["rules"])
+    (row,) = result.plain()["metrics"]["averages"]
+    assert row["overall"]["agreement"] == 0 and row["overall"]["unparsed"] == 100
+    assert "6 of 6 verdicts were not given in a readable form" in result.steps[0]["text"]
+
+
+def test_two_pairs_have_a_wide_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modelwright.judge import llmbar
+
+    monkeypatch.setattr(llmbar, "open_judge", lambda *args: Kept(Says("Output (a)")))
+    result = modelwright.run("judge.llmbar", pairs=TINY / "datasets.json", subsets=["Natural"], strategies=["rules"], limit=2)
+    (row,) = result.plain()["metrics"]["averages"]
+    assert row["overall"]["accuracy"] == 50 and row["overall"]["accuracy_interval"] == pytest.approx([9.45, 90.55], abs=0.01)
+    assert "9.5 to 90.5" in str(result.steps[0]["tables"]) and "9.5 to 90.5" in str(result.steps[0]["tiles"])
+
+
 @pytest.mark.parametrize("base", ["seedling", "stories"])
 def test_a_real_checkpoint_judges_end_to_end_and_is_resumed(base: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     base = str(request.getfixturevalue("stories")) if base == "stories" else base
@@ -193,6 +278,7 @@ def test_a_real_checkpoint_judges_end_to_end_and_is_resumed(base: str, request: 
         ({"pairs": "chains.jsonl"}, "chains.jsonl has no column 'input'"),
         ({"pairs": "nothing.jsonl"}, "nothing.jsonl is empty"),
         ({"pairs": "label.jsonl"}, "label.jsonl has label 3, because it must be 1 or 2"),
+        ({"pairs": "null.json"}, "has no text in output_1, because it holds 'None'"),
         ({"pairs": "gone.json"}, "no file at "),
         ({"replay": "gone"}, "no folder at "),
         ({"replay": "bare"}, "no file at "),
@@ -215,6 +301,7 @@ def test_bad_input_is_one_sentence(knobs: dict[str, Any], sentence: str, tmp_pat
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "nothing.jsonl").write_text("")
     (tmp_path / "bare").mkdir()
+    (tmp_path / "null.json").write_text('{"s": [{"input": "x", "output_1": null, "output_2": "z", "label": 1}]}')
     (tmp_path / "label.jsonl").write_text('{"input": "x", "output_1": "y", "output_2": "z", "label": 3}\n')
     given = {k: tmp_path / v if k in ("pairs", "replay") else v for k, v in knobs.items()}
     with pytest.raises(UserError) as error:

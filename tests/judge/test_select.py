@@ -14,7 +14,8 @@ import modelwright
 from modelwright.core.errors import UserError
 from modelwright.judge.ask.records import records
 from modelwright.judge.chains.answers import extract, same
-from modelwright.judge.select import METHODS, majority_probability, select, vote
+from modelwright.judge.chains.votes import majority_probability, vote
+from modelwright.judge.select import METHODS, select
 
 TINY = Path(__file__).parent / "tiny"
 
@@ -39,6 +40,39 @@ def test_extraction_reproduces_what_was_judged_correct_on_gsm8k(shared: Path) ->
         ("3 and 4, so the answer is $1,234.50.", "number", "1234.5"),
         ("The Answer Is 18.00", "number", "18"),
         ("#### -7", "number", "-7"),
+        ("The answer is .5", "number", "0.5"),
+        ("The answer is $.50.", "number", "0.5"),
+        ("The answer is -.5", "number", "-0.5"),
+        ("so they ate apples.5", "number", "5"),
+        ("The answer is \u22125", "number", "-5"),
+        ("The answer is -$5", "number", "-5"),
+        ("The answer is $-5", "number", "-5"),
+        ("The answer is - 5", "number", "-5"),
+        ("The answer is x = - 5", "number", "-5"),
+        ("The answer is 10 - 5", "number", "5"),
+        ("The answer is 2-3 days", "number", "3"),
+        ("The answer is 1/2", "number", "0.5"),
+        ("The answer is -1/2", "number", "-0.5"),
+        ("The answer is 58/2.", "number", "29"),
+        ("The answer is 1 1/2 cups", "number", "1.5"),
+        ("The answer is 1½", "number", "1.5"),
+        ("The answer is $\\frac{58}{2}$", "number", "29"),
+        ("The answer is 2.9e1", "number", "29"),
+        ("The answer is 2.9 × 10^1", "number", "29"),
+        ("The answer is $2.9 \\times 10^{1}$", "number", "29"),
+        ("The answer is 10⁶", "number", "1000000"),
+        ("The answer is 25 m²", "number", "25"),
+        ("The answer is $5/hour", "number", "5"),
+        ("The answer is \\boxed{42}", "number", "42"),
+        ("\\sqrt{16} = 4", "number", "4"),
+        ("The answer is 12:00", "number", ""),
+        ("The answer is ±2021", "number", ""),
+        ("The answer is 1/e", "number", ""),
+        ("The answer is 2π", "number", ""),
+        ("The answer is $\\sqrt{2}$", "number", ""),
+        ("The answer is 1/0", "number", ""),
+        ("The answer is 1e999999999", "number", ""),
+        ("The answer is 1e400", "number", "1E+400"),
         ("= 20 + 0\nA: 100", "number", "100"),
         ("nothing", "number", ""),
         ("The answer is (b) because it adds up.", "choice", "B"),
@@ -65,6 +99,41 @@ def test_published_choice_rule_reads_letters_within_words() -> None:
 def test_numbers_are_the_same_within_a_hundred_thousandth_and_no_answer_is_like_none() -> None:
     assert same("100000", "100000.9", "number") and not same("100000", "100002", "number")
     assert not same("", "", "text") and not same("", "3", "number")
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("$1-\\frac{1}{\\mathrm{e}}$", "$1+\\frac{1}{\\mathrm{e}}$"),
+        ("1/2^99", "1/2^98"),
+        ("1/2004!", "1/2006!"),
+        ("n=2,3,4", "n=1,2,3"),
+        ("12:00", "1:00"),
+        ("±2021", "2021"),
+        ("1e400", "2e400"),
+        ("1e-400", "2e-400"),
+        ("9" * 5000, "8" * 5000),
+    ],
+)
+def test_different_answers_are_not_the_same(a: str, b: str) -> None:
+    """A formula that is not understood has no number, and no tolerance is absolute (huggingface/Math-Verify#82, #14)."""
+    assert not same(extract(a, "number"), extract(b, "number"), "number")
+
+
+@pytest.mark.parametrize(
+    ("gold", "answers"),
+    [(0.5, [".5", "$.50", "1/2"]), (-5, ["\u22125", "-$5", "- 5"]), (29, ["58/2", "2.9e1", "2.9 x 10^1"])],
+)
+def test_answers_that_equal_the_gold_are_right_however_they_are_written(gold: float, answers: list[str], tmp_path: Path) -> None:
+    row = {"question": "?", "answer": gold, "chains": [f"So the answer is {a}." for a in answers]}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row))
+    found = modelwright.run("judge.select", chains=tmp_path / "c.jsonl", methods=["self_consistency"]).plain()["metrics"]
+    assert [select([c], kind="number").answer for c in row["chains"]] == [str(gold)] * 3
+    assert found["methods"]["self_consistency"]["accuracy"] == 100
+
+
+def test_published_numbers_are_read_as_published() -> None:
+    assert [extract(f"the answer is {t}", "number", official=True) for t in (".5", "-$5", "1/2", "-7.0")] == ["5", "5", "2", "-7"]
 
 
 def test_the_first_seen_wins_a_tie_and_empty_answers_do_not_vote() -> None:

@@ -27,7 +27,7 @@ Chains are recorded ones: "sampling" takes the next of them.
 """
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -35,8 +35,13 @@ from typing import Any, Literal
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
+from modelwright.judge.ask.desk import Desk
+from modelwright.judge.ask.judges import open_judge
 from modelwright.judge.chains.answers import Choice, extract
+from modelwright.judge.chains.budget import budget
+from modelwright.judge.chains.critic import Critic, Verifier
 from modelwright.judge.chains.questions import Question, read_chains
+from modelwright.judge.chains.scoring import Request, Scorer, Scores
 
 
 @dataclass(frozen=True)
@@ -66,146 +71,202 @@ class Knobs:
     batch: int = knob(8, "prompts per forward pass of a checkpoint", low=1)
 
 
+Chains = dict[str, list[int]]  # answer -> the numbers of its chains, in the order sampled
+Best = dict[str, list[tuple[float, int]]]  # answer -> its representatives as (score, chain), best first
+
+
+@dataclass
+class Standing:
+    """Where one question stands."""
+
+    sampled: int
+    calls: int = 0
+    winner: str = ""
+    margin: float = 0.0
+    outcome: str = "no chain has an answer"  # or "ok", or another reason why there is no winner
+
+
 @dataclass(frozen=True)
-class Request:
-    """Chains to be scored in one go: of one answer (local), or one of each answer (`compare`). `examples` are scored chains."""
+class LocalRound:
+    """What one round of local scoring did: requests made, whether a representative changed, whether scores were lost."""
 
-    question: str
-    chains: tuple[str, ...]
-    compare: bool = False
-    examples: tuple[tuple[str, float], ...] = ()
-    round: int = 0
-
-
-Scores = list[float] | None  # one per chain, or None: not to be had
-Scorer = Callable[[list[Request]], list[Scores]]
-Talk = Generator[list[Request], list[Scores], Any]
+    requests: int
+    changed: bool
+    lost: bool
 
 
 def aor(q: Question, answers: list[str], knobs: Knobs, rng: Random) -> Generator[list[Request], list[Scores], Choice]:
     """One question: yields requests, is sent their scores, returns the choice. `answers` are those of all its chains."""
     official = knobs.compat == "official"
-    used, calls = min(knobs.n, len(answers)), 0
-    most = min(knobs.max, len(answers))
-    fresh = _grouped(answers, range(used), official)
-    if len(fresh) == 1:
-        return Choice(next(iter(fresh)), used)
-    best: dict[str, list[tuple[float, int]]] = {}  # answer -> its representatives, (score, chain), best first
-    winner, margin, reason, first = "", 0.0, "no chain has an answer", True
+    limit = min(knobs.max, len(answers))
+    standing = Standing(sampled=min(knobs.n, len(answers)))
+    new = _by_answer(answers, range(standing.sampled), official)
+    if len(new) == 1:
+        return Choice(*new, standing.sampled)
+    best: Best = {}
+    first_round = True
     while True:
-        changed, n, lost = yield from _local(q, fresh, best, knobs)
-        calls += n
-        if (fresh and not best) or (official and first and lost):
-            reason = "local scores did not parse" if lost else "no chain passes epsilon"
+        local = yield from _score_locally(q, new, best, knobs)
+        standing.calls += local.requests
+        nobody_passed = bool(new) and not best
+        given_up = official and first_round and local.lost
+        if nobody_passed or given_up:
+            standing.outcome = "local scores did not parse" if local.lost else "no chain passes epsilon"
             if official:
                 break
-        if changed:
-            means, n = yield from _global(q, best, knobs, rng)
-            calls += n
-            if means:
-                winner = max(means, key=means.__getitem__)
-                ranked = sorted(means.values(), reverse=True)
-                margin, reason = ranked[0] - (ranked[1] if len(ranked) > 1 else 0.0), "ok"
-            elif official or not winner:
-                winner, reason = "", "global scores did not parse"
-                if official:
-                    break
-        if margin >= knobs.theta or used >= most:
+        if local.changed:
+            means = yield from _compare(q, best, knobs, rng)
+            standing.calls += knobs.k
+            _decide(standing, means, official)
+            if official and not means:
+                break
+        if standing.margin >= knobs.theta or standing.sampled >= limit:
             break
-        fresh, first = _grouped(answers, range(used, min(most, used + knobs.add)), official), False
-        used = min(most, used + knobs.add)
-    if reason == "ok":
-        return Choice(winner, used, calls, margin=margin)
-    votes = _grouped(answers, range(used))
-    fallback = max(votes, key=lambda a: len(votes[a]), default="") if knobs.fallback == "majority" and not official else ""
-    return Choice(fallback, used, calls, reason)
+        more = range(standing.sampled, min(limit, standing.sampled + knobs.add))
+        new = _by_answer(answers, more, official)
+        standing.sampled, first_round = more.stop, False
+    return _choice(standing, answers, knobs)
 
 
-def _grouped(answers: list[str], which: range, empty: bool = False) -> dict[str, list[int]]:
-    """Chain numbers by answer, in the order seen."""
-    groups: dict[str, list[int]] = {}
+def _by_answer(answers: list[str], which: range, keep_empty: bool = False) -> Chains:
+    """Chain numbers by answer, in the order seen. A chain without an answer counts only with `keep_empty`."""
+    groups: Chains = {}
     for i in which:
-        if answers[i] or empty:
+        if answers[i] or keep_empty:
             groups.setdefault(answers[i], []).append(i)
     return groups
 
 
-def _local(q: Question, fresh: dict[str, list[int]], best: dict[str, list[tuple[float, int]]], knobs: Knobs) -> Talk:
-    """Score new chains and keep each answer's k best in `best`. Returns (any changed, requests, any lost)."""
-    batches = [(a, chains[i : i + knobs.group]) for a, chains in fresh.items() for i in range(0, len(chains), knobs.group)]
+def _score_locally(q: Question, new: Chains, best: Best, knobs: Knobs) -> Generator[list[Request], list[Scores], LocalRound]:
+    """Score new chains in batches of one answer each, and keep each answer's k best in `best`."""
+    batches: list[tuple[str, list[int]]] = []
+    for answer, chains in new.items():
+        batches += [(answer, chains[i : i + knobs.group]) for i in range(0, len(chains), knobs.group)]
     requests = []
     for answer, batch in batches:
-        known = best.get(answer, [])
-        ends = dict.fromkeys((known[0], min(known, key=lambda si: si[0]))) if known else ()
-        examples = tuple((q.chains[i], score) for score, i in ends)
-        requests.append(Request(q.text, tuple(q.chains[i] for i in batch), examples=examples))
+        texts = tuple(q.chains[i] for i in batch)
+        requests.append(Request(q.text, texts, examples=_examples(q, best.get(answer, []))))
     replies = yield requests
-    found: dict[str, list[tuple[float, int]]] = {}
+
+    passed: Best = {}
     for (answer, batch), scores in zip(batches, replies, strict=True):
         if scores is not None:
-            found.setdefault(answer, []).extend((s, i) for s, i in zip(scores, batch, strict=True) if s >= knobs.epsilon)
+            good = [(score, i) for score, i in zip(scores, batch, strict=True) if score >= knobs.epsilon]
+            passed.setdefault(answer, []).extend(good)
     changed = False
-    for answer, new in found.items():
-        kept = sorted(best.get(answer, []) + new, key=lambda si: -si[0])[: knobs.k]  # stable: the earlier chain first
-        if kept and kept != best.get(answer):
-            best[answer], changed = kept, True
-    return changed, len(requests), any(s is None for s in replies)
+    for answer, good in passed.items():
+        before = best.get(answer, [])
+        after = sorted(before + good, key=lambda pair: -pair[0])[: knobs.k]  # stable: the earlier chain first
+        if after != before:
+            best[answer], changed = after, True
+    return LocalRound(len(requests), changed, any(scores is None for scores in replies))
 
 
-def _global(q: Question, best: dict[str, list[tuple[float, int]]], knobs: Knobs, rng: Random) -> Talk:
-    """Mean score of each answer over k rounds, and the number of requests; no means where one did not parse."""
+def _examples(q: Question, known: list[tuple[float, int]]) -> tuple[tuple[str, float], ...]:
+    """The best and the worst representative of an answer with their scores; one of them where they are the same chain."""
+    if not known:
+        return ()
+    worst = min(known, key=lambda pair: pair[0])  # the first of equal scores
+    return tuple((q.chains[i], score) for score, i in dict.fromkeys((known[0], worst)))
+
+
+def _compare(q: Question, best: Best, knobs: Knobs, rng: Random) -> Generator[list[Request], list[Scores], dict[str, float]]:
+    """Global evaluation: the mean score of each answer over k rounds. Empty where a round did not parse."""
     order = list(best)
     if knobs.compat != "official":
         rng.shuffle(order)
-    requests, orders = [], []
+    orders, requests = [], []
     for t in range(knobs.k):
-        turned = order if knobs.compat == "official" else order[t % len(order) :] + order[: t % len(order)]
-        orders.append(turned)
-        requests.append(Request(q.text, tuple(q.chains[best[a][t % len(best[a])][1]] for a in turned), compare=True, round=t))
+        start = 0 if knobs.compat == "official" else t % len(order)
+        rotated = order[start:] + order[:start]
+        shown = [best[answer][t % len(best[answer])] for answer in rotated]
+        orders.append(rotated)
+        requests.append(Request(q.text, tuple(q.chains[i] for _, i in shown), compare=True, round=t))
     replies = yield requests
-    if any(scores is None for scores in replies):
-        return {}, len(requests)
+
     totals = dict.fromkeys(best, 0.0)
-    for turned, scores in zip(orders, replies, strict=True):
-        for answer, score in zip(turned, scores or [], strict=True):
+    for rotated, scores in zip(orders, replies, strict=True):
+        if scores is None:
+            return {}
+        for answer, score in zip(rotated, scores, strict=True):
             totals[answer] += score
-    return {a: total / knobs.k for a, total in totals.items()}, len(requests)  # divided last: a margin of 2 is 2
+    return {answer: total / knobs.k for answer, total in totals.items()}  # divided last: a margin of 2 is 2
+
+
+def _decide(standing: Standing, means: dict[str, float], official: bool) -> None:
+    """Take over the answer with the highest mean. Without means, an earlier winner stays, except officially."""
+    if means:
+        ranked = sorted(means.values(), reverse=True)
+        second = ranked[1] if len(ranked) > 1 else 0.0
+        standing.winner = max(means, key=means.__getitem__)  # the first seen wins a tie
+        standing.margin, standing.outcome = ranked[0] - second, "ok"
+    elif official or not standing.winner:
+        standing.winner, standing.outcome = "", "global scores did not parse"
+
+
+def _choice(standing: Standing, answers: list[str], knobs: Knobs) -> Choice:
+    """The winner, or what stands in for one."""
+    if standing.outcome == "ok":
+        return Choice(standing.winner, standing.sampled, standing.calls, margin=standing.margin)
+    answer = ""
+    if knobs.fallback == "majority" and knobs.compat != "official":
+        groups = _by_answer(answers, range(standing.sampled))
+        answer = max(groups, key=lambda a: len(groups[a]), default="")
+    return Choice(answer, standing.sampled, standing.calls, standing.outcome)
 
 
 def run(asked: list[Question], scorer: Scorer, knobs: Knobs, seed: int = 0, tick: Callable[[int], None] | None = None) -> list[Choice]:
     """All questions side by side: each step's requests of every question go to the scorer in one list."""
-    talks = {}
+    official = knobs.compat == "official"
+    dialogues: dict[int, Generator[list[Request], list[Scores], Choice]] = {}
     for i, q in enumerate(asked):
-        answers = [extract(q.chains[j], knobs.kind, knobs.compat == "official") for j in range(min(knobs.max, len(q.chains)))]
-        talks[i] = aor(q, answers, knobs, Random(f"{seed} {i}"))  # noqa: S311 - an order, not a secret
+        answers = [extract(q.chains[j], knobs.kind, official) for j in range(min(knobs.max, len(q.chains)))]
+        dialogues[i] = aor(q, answers, knobs, Random(f"{seed} {i}"))  # noqa: S311 - an order, not a secret
     chosen: dict[int, Choice] = {}
-    sent: dict[int, Any] = dict.fromkeys(talks)
-    while sent:
+    scores_for: dict[int, Any] = dict.fromkeys(dialogues)  # what each dialogue is sent next; None starts it
+    while scores_for:
         wanted: dict[int, list[Request]] = {}
-        for i, scores in sent.items():
+        for i, scores in scores_for.items():
             try:
-                wanted[i] = talks[i].send(scores)
+                wanted[i] = dialogues[i].send(scores)
             except StopIteration as end:
                 chosen[i] = end.value
                 if tick:
                     tick(1)
-        replies = iter(scorer([r for requests in wanted.values() for r in requests]) if wanted else [])
-        sent = {i: [next(replies) for _ in requests] for i, requests in wanted.items()}
+        requests = [request for of_one in wanted.values() for request in of_one]
+        replies = iter(scorer(requests) if requests else [])
+        scores_for = {i: [next(replies) for _ in of_one] for i, of_one in wanted.items()}
     return [chosen[i] for i in range(len(asked))]
 
 
 def aor_step(knobs: Knobs, job: Job) -> Finding:
     """AoR on recorded chains beside the votes that it is to beat, with a judge or a verifier."""
-    from modelwright.judge.chains.budget import budget
-    from modelwright.judge.chains.critic import open_scorer
-
     if knobs.max < knobs.n:
         raise UserError(f"max={knobs.max} is less than n={knobs.n}", "n chains are sampled at first", "raise max or lower n")
     asked = read_chains(Path(knobs.chains), knobs.kind, knobs.columns, knobs.limit)
-    scorer = open_scorer(knobs, job)
+    scorer = _scorer(knobs, job)
     with job.progress.task("judge.aor", len(asked)) as tick:
         chosen = run(asked, scorer, knobs, job.seed, tick)
-    return budget(asked, chosen, scorer, knobs, job.seed)
+    counts = scorer.plain()
+    smaller = []
+    if isinstance(scorer, Verifier):  # a program costs nothing; a model is not asked again
+        smaller = [run(asked, scorer, _part_of(knobs, part), job.seed) for part in (4, 2)]
+    return budget(asked, chosen, smaller, counts, kind=knobs.kind, most=knobs.max, fallback=knobs.fallback)
+
+
+def _part_of(knobs: Knobs, part: int) -> Knobs:
+    """The same settings with a budget of one `part`-th."""
+    return replace(knobs, n=max(1, knobs.n // part), max=max(1, knobs.max // part), add=max(1, knobs.add // part))
+
+
+def _scorer(knobs: Knobs, job: Job) -> Critic | Verifier:
+    """The scorer that the settings name. Raises UserError when they name none."""
+    if knobs.verifier != "none":
+        return Verifier(knobs.verifier)
+    if not knobs.url and job.source is None:
+        raise UserError("no judge was given", how="give a checkpoint with --base, --url and --model of an endpoint, or --verifier letters")
+    judge = open_judge(job, knobs.url, knobs.model, knobs.endpoint, knobs.cache, knobs.batch)
+    return Critic(Desk(judge), knobs.temperature, knobs.retries)
 
 
 METHOD = aor_step

@@ -9,10 +9,11 @@ both explanations shown, again in both orders. The published code reads verdicts
 `compat: official` reads live runs in the same way, and replays are always read so. Its temperature is 0 for the vendors'
 models, and sampling for open ones by their own defaults; ours is 0 for all.
 
-Ours: the wording of every prompt, the batches, the strict parser, the intervals (Wilson per subset, normal for the overall
-mean), McNemar's test between strategies with a pair as one trial, the share of pairs that position alone decided, and verdicts
-read off the logits (`verdict: logits`), which need no format to be followed; the mean of a judge's probabilities over both
-orders gives one more accuracy, free of its liking for a place.
+Ours: the wording of every prompt, the batches, the strict parser, and that a pair without a verdict in both orders does not
+agree (published: it does). The intervals are Wilson's per subset, combined for means. McNemar's test between strategies takes a
+pair as one trial. The share of pairs that position alone decided is reported. Verdicts can be read off the logits
+(`verdict: logits`), which need no format to be followed; the mean of a judge's probabilities over both orders gives one more
+accuracy, free of its liking for a place.
 """
 
 from dataclasses import dataclass, replace
@@ -26,8 +27,10 @@ from modelwright.core.files import write_json
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.judge.ask import prompts
-from modelwright.judge.ask.judges import Answer, Desk, Prompt, failures, open_judge
+from modelwright.judge.ask.desk import Desk, failures
+from modelwright.judge.ask.judges import open_judge
 from modelwright.judge.ask.prompts import STRATEGIES, Strategy
+from modelwright.judge.ask.protocol import Answer, Prompt
 from modelwright.judge.ask.replay import pairs_of, replay
 from modelwright.judge.ask.summary import Run, finding
 from modelwright.judge.ask.verdict import UNPARSED, compare_ratings, parse_verdict, swap, swap_names
@@ -60,47 +63,73 @@ def llmbar(knobs: Knobs, job: Job) -> Finding:
         return _replayed(knobs, strategies)
     if not knobs.pairs:
         raise UserError("nothing to judge was given", how="give --pairs FILE, or --replay FOLDER")
-    if knobs.verdict == "logits" and (off := [s for s in strategies if STRATEGIES[s].explain]):
-        raise UserError(
-            f"verdict=logits does not fit {off[0]}", "its verdict comes after an explanation", "leave it out, or use verdict=text"
-        )
+    explained = [s for s in strategies if STRATEGIES[s].explain]
+    if knobs.verdict == "logits" and explained:
+        why = "its verdict comes after an explanation"
+        raise UserError(f"verdict=logits does not fit {explained[0]}", why, "leave it out, or use verdict=text")
     of = pairs_of(Path(knobs.pairs))
     of = {s: of[s][: knobs.limit] for s in _subsets(knobs, list(of))}
     judge = open_judge(job, knobs.url, knobs.model, knobs.endpoint, knobs.cache, knobs.batch)
     pairs = [p for rows in of.values() for p in rows]
     labels = np.array([int(p["label"]) for p in pairs])
-    runs, kept, desk = [], [], Desk(judge)
+    desk = Desk(judge)
+    runs: list[Run] = []
+    kept = []
     for name in strategies:
         with job.progress.task(f"judge {name}", len(pairs) * 2) as desk.tick:
             verdicts, chances = ask(desk, pairs, STRATEGIES[name], knobs.verdict == "logits", knobs.compat == "official")
-        at = 0
-        for subset, rows in of.items():
-            s = slice(at, at := at + len(rows))
-            extra = {}
-            if chances is not None:
-                extra["accuracy_of_mean_probability"] = 100 * float((np.where(chances[:, s].mean(0) > 0.5, 1, 2) == labels[s]).mean())
-            runs.append(Run(judge.name, name, subset, verdicts[:, s], labels[s], extra))
+        runs += _by_subset(judge.name, name, of, verdicts, chances, labels, knobs.compat == "official")
         kept.append({"strategy": name, "verdicts": verdicts.tolist(), "p_first": None if chances is None else chances.round(6).tolist()})
     write_json(job.folder / "verdicts.json", {"subsets": {k: len(v) for k, v in of.items()}, "labels": labels.tolist(), "runs": kept})
+    return _judged(runs, len(pairs), desk)
+
+
+def _by_subset(
+    judge: str,
+    strategy: str,
+    of: dict[str, list[dict[str, Any]]],
+    verdicts: np.ndarray,
+    chances: np.ndarray | None,
+    labels: np.ndarray,
+    official: bool,
+) -> list[Run]:
+    """One strategy's verdicts (2, N) and probabilities (2, N) cut into its subsets."""
+    runs, start = [], 0
+    for subset, rows in of.items():
+        part = slice(start, start + len(rows))
+        start += len(rows)
+        extra = {}
+        if chances is not None:
+            by_mean = np.where(chances[:, part].mean(0) > 0.5, 1, 2)
+            extra["accuracy_of_mean_probability"] = 100 * float((by_mean == labels[part]).mean())
+        runs.append(Run(judge, strategy, subset, verdicts[:, part], labels[part], extra, official))
+    return runs
+
+
+def _judged(runs: list[Run], pairs: int, desk: Desk) -> Finding:
+    """The finding of a live run, with what became of its requests."""
     found, counts = finding(runs), desk.plain()
     found.metrics["requests"] = counts
     best = max(found.metrics["averages"], key=lambda r: r["overall"]["accuracy"])
-    found.text = f"{len(pairs)} pairs, each in both orders; chance is 50. {_lost(counts)}"
+    overall = best["overall"]
+    low, high = overall["accuracy_interval"]
+    unread = sum(int((r.verdicts == UNPARSED).sum()) for r in runs)
+    verdicts = sum(r.verdicts.size for r in runs)
+    found.text = f"{pairs} pairs, each in both orders; chance is 50. {_lost(counts)}"
+    if unread:
+        found.text += f" {unread:,} of {verdicts:,} verdicts were not given in a readable form; they count as wrong."
+    cost = f"cost {counts['cost']:g}" if counts["cost"] else f"{counts['tokens_out']:,} tokens written"
     found.tiles = [
-        (f"{best['overall']['accuracy']:.1f} %", "accuracy of the best strategy", best["strategy"]),
+        (f"{overall['accuracy']:.1f} %", "accuracy of the best strategy", f"{best['strategy']}; 95 %: {low:.1f} to {high:.1f}"),
         (
-            f"{best['overall']['agreement']:.1f} %",
+            f"{overall['agreement']:.1f} %",
             "of its pairs judged alike in both orders",
-            f"{best['overall']['unparsed']:.1f} % of its verdicts unparsed",
+            f"{overall['unparsed']:.1f} % of its verdicts unparsed",
         ),
-        (
-            f"{counts['requests']:,}",
-            "requests",
-            f"cost {counts['cost']:g}" if counts["cost"] else f"{counts['tokens_out']:,} tokens written",
-        ),
+        (f"{counts['requests']:,}", "requests", cost),
     ]
     found.tables += failures(counts)
-    found.facts = {"judge": judge.name, "answers": counts["answers"], "answers kept before": counts["reused"]}
+    found.facts = {"judge": desk.judge.name, "answers": counts["answers"], "answers kept before": counts["reused"]}
     return found
 
 
@@ -141,14 +170,24 @@ def _unwritten(asked: list[Prompt]) -> list[Prompt]:
 
 def _read(answers: list[Answer], form: Any, logits: bool, official: bool) -> tuple[np.ndarray, np.ndarray | None]:
     """Answers to both orders, one after the other, as verdicts and probabilities in the order of the data."""
-    said = [UNPARSED if a.failed else parse_verdict(a.text, form, official) for a in answers]
-    p = None
-    if answers and all(a.probabilities for a in answers):
-        p = np.array([a.probabilities[0] for a in answers if a.probabilities]).reshape(2, -1)
     if logits:
-        said = [UNPARSED if not a.probabilities else 1 if a.probabilities[0] > 0.5 else 2 for a in answers]
+        said = [_likelier(a) for a in answers]
+    else:
+        said = [UNPARSED if a.failed else parse_verdict(a.text, form, official) for a in answers]
     shown = np.array(said, dtype=int).reshape(2, -1)
-    return np.stack([shown[0], swap(shown[1])]), None if p is None else np.stack([p[0], 1 - p[1]])
+    verdicts = np.stack([shown[0], swap(shown[1])])
+    first = [a.probabilities[0] for a in answers if a.probabilities]
+    if not answers or len(first) < len(answers):
+        return verdicts, None
+    p = np.array(first).reshape(2, -1)
+    return verdicts, np.stack([p[0], 1 - p[1]])
+
+
+def _likelier(answer: Answer) -> int:
+    """The verdict that the probabilities speak for."""
+    if not answer.probabilities:
+        return UNPARSED
+    return 1 if answer.probabilities[0] > 0.5 else 2
 
 
 def _rate(

@@ -14,10 +14,8 @@ the more complex part of its chains; `top` is half of them unless it is given. `
 draws accuracy against chains; the first n are taken, in the order of the file.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import comb
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +23,10 @@ from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.judge import aor
-from modelwright.judge.chains.answers import Choice, Kind, extract
+from modelwright.judge.chains import votes
+from modelwright.judge.chains.answers import Choice, Kind
 from modelwright.judge.chains.questions import COLUMNS, Question, coverage, measure, read_chains, table_row
+from modelwright.judge.chains.scoring import Scorer
 
 METHODS = ("self_consistency", "complexity", "esc", "adaptive", "best_of_n", "aor")
 
@@ -44,18 +44,6 @@ class Knobs:
     limit: int | None = knob(None, "use at most this many questions", low=1)
 
 
-def vote(answers: Sequence[str]) -> str:
-    """The most frequent answer that is not empty; the first seen wins a tie; empty when there is none."""
-    counts = Counter(a for a in answers if a)
-    return max(counts, key=counts.__getitem__) if counts else ""
-
-
-def majority_probability(leading: int, second: int) -> float:
-    """P(p > 1/2) for p ~ Beta(leading + 1, second + 1): a binomial tail, because the counts are whole."""
-    n = leading + second + 1
-    return sum(comb(n, i) for i in range(leading + 1)) / 2**n
-
-
 def select(
     chains: Sequence[str],
     method: str = "self_consistency",
@@ -67,53 +55,28 @@ def select(
     confidence: float = 0.95,
     scores: Sequence[float] | None = None,
     question: str = "",
-    scorer: aor.Scorer | None = None,
+    scorer: Scorer | None = None,
     settings: aor.Knobs | None = None,
     seed: int = 0,
 ) -> Choice:
     """Choose an answer. Chains beyond the ones that a method wants are not looked at, so `chains` may sample them as it is
     indexed. Raises UserError for an unknown method, and for a missing score or scorer."""
-    limit = min(n, len(chains))
-    if method == "aor":
-        if scorer is None:
-            raise UserError("aor needs a scorer", "it asks a judge", "give scorer=...")
-        asked = replace(settings or aor.Knobs(chains=""), kind=kind)
-        return aor.run([Question(question, "", chains)], scorer, asked, seed)[0]
-    if method == "esc":
-        return _esc(chains, kind, limit, window)
-    if method == "adaptive":
-        return _adaptive(chains, kind, limit, confidence)
-    if method == "best_of_n":
-        if scores is None or len(scores) < limit:
-            raise UserError("best_of_n needs a score for each chain", how="name the column that holds them, as in columns: {scores: NAME}")
-        best = max(range(limit), key=scores.__getitem__, default=None)
-        return Choice("" if best is None else extract(chains[best], kind), limit)
-    if method == "complexity":
-        first = sorted((chains[i] for i in range(limit)), key=lambda c: -sum(bool(line.strip()) for line in c.splitlines()))
-        return Choice(vote([extract(c, kind) for c in first[: top or -(-limit // 2)]]), limit)
     if method == "self_consistency":
-        return Choice(vote([extract(chains[i], kind) for i in range(limit)]), limit)
-    raise UserError(f"unknown method '{method}'", how=did_you_mean(method, METHODS))
-
-
-def _esc(chains: Sequence[str], kind: Kind, limit: int, window: int) -> Choice:
-    answers: list[str] = []
-    while len(answers) < limit:
-        new = [extract(chains[i], kind) for i in range(len(answers), min(limit, len(answers) + window))]
-        answers += new
-        if len(set(new)) == 1:
-            break
-    return Choice(vote(answers), len(answers))
-
-
-def _adaptive(chains: Sequence[str], kind: Kind, limit: int, confidence: float) -> Choice:
-    counts: Counter[str] = Counter()
-    for i in range(limit):
-        counts[extract(chains[i], kind)] += 1
-        first, second = [*(v for _, v in counts.most_common(2)), 0][:2]
-        if majority_probability(first, second) >= confidence:
-            break
-    return Choice(vote(list(counts.elements())), counts.total())
+        return votes.self_consistency(chains, kind, n)
+    if method == "complexity":
+        return votes.complexity(chains, kind, n, top)
+    if method == "esc":
+        return votes.early_stopping(chains, kind, n, window)
+    if method == "adaptive":
+        return votes.adaptive(chains, kind, n, confidence)
+    if method == "best_of_n":
+        return votes.best_of_n(chains, kind, n, scores)
+    if method != "aor":
+        raise UserError(f"unknown method '{method}'", how=did_you_mean(method, METHODS))
+    if scorer is None:
+        raise UserError("aor needs a scorer", "it asks a judge", "give scorer=...")
+    asked = replace(settings or aor.Knobs(chains=""), kind=kind)
+    return aor.run([Question(question, "", chains)], scorer, asked, seed)[0]
 
 
 def select_step(knobs: Knobs, job: Job) -> Finding:

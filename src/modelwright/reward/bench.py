@@ -21,7 +21,7 @@ from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.core.numbers.stats import ranks
 from modelwright.reward.calibrate import Calibrator, cross_fit
-from modelwright.reward.suites.alpaca import alpacaeval
+from modelwright.reward.suites.alpaca import Settings, alpacaeval
 from modelwright.reward.suites.common import value_of
 from modelwright.reward.suites.judgebench import judgebench
 from modelwright.reward.suites.rewardbench import heads as rewardbench_heads
@@ -56,7 +56,7 @@ def bench(knobs: Knobs, job: Job) -> Finding:
     if not Path(knobs.scores).exists():
         raise UserError(f"no file at {knobs.scores}", how="check the path")
     if knobs.suite == "alpacaeval":
-        return alpacaeval(knobs, job)
+        return alpacaeval(Path(knobs.scores), knobs.columns, _alpaca(knobs), job)
     read = {"rewardbench": rewardbench, "judgebench": judgebench, "rmbench": rmbench}[knobs.suite]
     found = read(Path(knobs.scores), knobs.features, knobs.columns, knobs.texts)
     cases, shares, other = found if isinstance(found, tuple) else (found, {}, [])
@@ -74,6 +74,19 @@ def bench(knobs: Knobs, job: Job) -> Finding:
         values = {n: value_of(h, share) for n, h in rewardbench_heads(list(share)).items()}
         models[model] = {"raw": {"accuracy": values.pop("accuracy"), "sections": values}}
     return _finding(knobs, models, plots[:4], {s.name: len(s.better) for s, _ in cases}, other)
+
+
+def _alpaca(knobs: Knobs) -> Settings:
+    return Settings(
+        leaderboard=knobs.leaderboard,
+        weights=knobs.weights,
+        arena=tuple(knobs.arena),
+        frac=knobs.frac or Settings.frac,
+        ratio=knobs.ratio or Settings.ratio,
+        penalty=knobs.penalty,
+        compat=knobs.compat,
+        draws=knobs.draws,
+    )
 
 
 def corrections(s: Scores, knobs: Knobs, seed: int) -> dict[str, np.ndarray]:

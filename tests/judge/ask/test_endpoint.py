@@ -14,8 +14,10 @@ import pytest
 
 import modelwright
 from modelwright.core.errors import UserError
+from modelwright.judge.ask.desk import Desk
 from modelwright.judge.ask.endpoint import _seconds, _weigh, open_endpoint
-from modelwright.judge.ask.judges import Desk, Kept, Prompt
+from modelwright.judge.ask.kept import Kept
+from modelwright.judge.ask.protocol import Prompt
 
 TINY = Path(__file__).parents[1] / "tiny"
 FAST = {"backoff": 0.01, "timeout": 0.3, "retries": 2, "workers": 4}

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from modelwright.core.errors import UserError
-from modelwright.judge.ask.judges import Answer, Desk, Kept, Prompt
+from modelwright.judge.ask.desk import Desk
+from modelwright.judge.ask.kept import Kept
+from modelwright.judge.ask.protocol import Answer, Prompt
 
 
 def prompts(*texts: str, **settings: object) -> list[Prompt]:

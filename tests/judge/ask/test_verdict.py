@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from modelwright.core.numbers.stats import mcnemar
-from modelwright.judge.ask.verdict import compare_ratings, differ, measure, parse_rating, parse_verdict, swap, swap_names
+from modelwright.judge.ask.verdict import compare_ratings, differ, mean_interval, measure, parse_rating, parse_verdict, swap, swap_names
 
 LABELS = np.array([1, 2, 2, 1, 1, 2, 1])
 
@@ -29,9 +29,23 @@ def test_a_perfect_judge_has_100_and_an_inverted_one_0_with_full_agreement() -> 
     assert [measure(np.stack([v, v]), LABELS)[k] for v in (LABELS, swap(LABELS)) for k in ("accuracy", "agreement")] == [100, 100, 0, 100]
 
 
-def test_unparsed_verdicts_are_wrong_and_agree() -> None:
-    found = measure(np.zeros((2, 7), int), LABELS)
-    assert (found["accuracy"], found["agreement"], found["unparsed"]) == (0, 100, 100)
+def test_unparsed_verdicts_are_wrong_and_agree_only_in_published_figures() -> None:
+    verdicts = np.zeros((2, 7), int)
+    for official, agreement in ((False, 0), (True, 100)):
+        found = measure(verdicts, LABELS, official)
+        assert (found["accuracy"], found["agreement"], found["unparsed"]) == (0, agreement, 100)
+    half = np.stack([LABELS, np.where(np.arange(7) < 3, LABELS, 0)])
+    assert measure(half, LABELS)["agreement"] == measure(half, LABELS, True)["agreement"] == pytest.approx(300 / 7)
+
+
+def test_the_interval_of_a_mean_is_that_of_its_only_part_and_narrows_with_more() -> None:
+    two = measure(np.array([[1, 1], [1, 1]]), np.array([1, 2]))
+    assert two["accuracy"] == 50 and mean_interval([two]) == pytest.approx([9.453, 90.547], abs=1e-3)
+    low, high = mean_interval([two] * 4)
+    assert (low, high) == pytest.approx((50 - 40.547 / 2, 50 + 40.547 / 2), abs=1e-3)
+    sure = measure(np.array([[1, 1], [1, 1]]), np.array([1, 1]))
+    low, high = mean_interval([sure, sure])
+    assert low == pytest.approx(100 - (100 - sure["accuracy_interval"][0]) / 2**0.5) and high == 100, "right twice is not sure"
 
 
 def test_shares_by_place_agreement_and_unparsed_pairs_add_up() -> None:

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import build, knob
-from modelwright.judge.ask.judges import Answer, Prompt
+from modelwright.judge.ask.protocol import Answer, Prompt
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from modelwright.core.errors import UserError
 from modelwright.core.model.checkpoint import Checkpoint
-from modelwright.judge.ask.judges import Answer, Prompt
+from modelwright.judge.ask.protocol import Answer, Prompt
 
 
 class Local:

@@ -1,13 +1,13 @@
 """What judged pairs say: averages as LLMBar reports them, tests between strategies, tables and pictures."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
 from modelwright.core.job import Finding
 from modelwright.judge.ask.prompts import STRATEGIES
-from modelwright.judge.ask.verdict import differ, measure
+from modelwright.judge.ask.verdict import ByPlace, Measured, differ, mean_interval, measure
 
 NATURAL = "LLMBar/Natural"
 ADVERSARIAL = tuple(f"LLMBar/Adversarial/{name}" for name in ("Neighbor", "GPTInst", "GPTOut", "Manual"))
@@ -15,7 +15,8 @@ ADVERSARIAL = tuple(f"LLMBar/Adversarial/{name}" for name in ("Neighbor", "GPTIn
 
 @dataclass
 class Run:
-    """One evaluator with one strategy on one subset: verdicts (2, N), both orders in the order of the data; labels (N,)."""
+    """One evaluator with one strategy on one subset: verdicts (2, N), both orders in the order of the data; labels (N,).
+    official: two unparsed verdicts agree, as in the published figures."""
 
     evaluator: str
     strategy: str
@@ -23,31 +24,54 @@ class Run:
     verdicts: np.ndarray
     labels: np.ndarray
     extra: dict[str, Any] = field(default_factory=dict)
+    official: bool = False
+
+    def measured(self) -> Measured:
+        return measure(self.verdicts, self.labels, self.official)
 
     def plain(self) -> dict[str, Any]:
         names = {"evaluator": self.evaluator, "strategy": self.strategy, "subset": self.subset}
-        return names | measure(self.verdicts, self.labels) | self.extra
+        return names | self.measured() | self.extra
 
 
-def averages(runs: list[Run]) -> list[dict[str, Any]]:
+class Mean(TypedDict):
+    """A plain mean over subsets, in percent."""
+
+    accuracy: float
+    agreement: float
+    unparsed: float
+    by_place: ByPlace
+    accuracy_interval: list[float]
+
+
+class Row(TypedDict):
+    """One evaluator with one strategy. natural and adversarial only where the paper's five subsets are all there."""
+
+    evaluator: str
+    strategy: str
+    subsets: int
+    overall: Mean
+    natural: NotRequired[Mean]
+    adversarial: NotRequired[Mean]
+    p_against_first: NotRequired[float]
+
+
+def averages(runs: list[Run]) -> list[Row]:
     """One row per evaluator and strategy: Natural, Adversarial (plain mean of its four subsets) and overall (plain mean of the
     five; of whatever subsets there are, where it is not those five), with p against the evaluator's first strategy (see `differ`)."""
     groups: dict[tuple[str, str], dict[str, Run]] = {}
     for run in sorted(runs, key=lambda r: list(STRATEGIES).index(r.strategy)):
         groups.setdefault((run.evaluator, run.strategy), {})[run.subset] = run
-    rows = []
+    first: dict[str, dict[str, Run]] = {}  # evaluator -> the runs of its first strategy
+    rows: list[Row] = []
     for (evaluator, strategy), of in sorted(groups.items(), key=lambda g: g[0][0]):
         whole = {NATURAL, *ADVERSARIAL} <= set(of)
         over = {s: of[s] for s in (NATURAL, *ADVERSARIAL)} if whole else of
-        row: dict[str, Any] = {"evaluator": evaluator, "strategy": strategy, "subsets": len(over)}
-        parts = {"natural": [NATURAL], "adversarial": ADVERSARIAL} if whole else {}
-        for part, subsets in (parts | {"overall": list(over)}).items():
-            each = [measure(over[s].verdicts, over[s].labels) for s in subsets]
-            row[part] = {k: float(np.mean([m[k] for m in each])) for k in ("accuracy", "agreement", "unparsed")}
-            row[part]["by_place"] = {k: float(np.mean([m["by_place"][k] for m in each])) for k in ("first", "second")}
-        spread = [(run.verdicts == run.labels).mean(0).var() / len(run.labels) for run in over.values()]
-        row["overall"]["accuracy_half_width"] = 196 * float(np.sqrt(sum(spread))) / len(spread)  # 95 %, from the pairs
-        _, base = next((n, g) for (e, n), g in groups.items() if e == evaluator)
+        row: Row = {"evaluator": evaluator, "strategy": strategy, "subsets": len(over), "overall": _mean(list(over.values()))}
+        if whole:
+            row["natural"] = _mean([of[NATURAL]])
+            row["adversarial"] = _mean([of[s] for s in ADVERSARIAL])
+        base = first.setdefault(evaluator, of)
         if base is not of and set(base) >= set(over):
             a, b = (np.concatenate([runs_of[s].verdicts for s in over], axis=1) for runs_of in (base, over))
             row["p_against_first"] = differ(a, b, np.concatenate([r.labels for r in over.values()]))
@@ -55,27 +79,49 @@ def averages(runs: list[Run]) -> list[dict[str, Any]]:
     return rows
 
 
+def _mean(runs: list[Run]) -> Mean:
+    parts = [r.measured() for r in runs]
+    return {
+        "accuracy": float(np.mean([m["accuracy"] for m in parts])),
+        "agreement": float(np.mean([m["agreement"] for m in parts])),
+        "unparsed": float(np.mean([m["unparsed"] for m in parts])),
+        "by_place": {
+            "first": float(np.mean([m["by_place"]["first"] for m in parts])),
+            "second": float(np.mean([m["by_place"]["second"] for m in parts])),
+        },
+        "accuracy_interval": mean_interval(parts),
+    }
+
+
 def finding(runs: list[Run]) -> Finding:
     """Metrics, a table per evaluator and the pictures."""
     rows = averages(runs)
-    tables = []
-    for evaluator in dict.fromkeys(r["evaluator"] for r in rows):
-        of = [r for r in rows if r["evaluator"] == evaluator]
-        parts = [p for p in ("natural", "adversarial", "overall") if all(p in r for r in of)]
-        lines = []
-        for r in of:
-            cells = [f"{r[p][k]:.1f}" for p in parts for k in ("accuracy", "agreement")]
-            cells.insert(-1, f"{r['overall']['accuracy_half_width']:.1f}")
-            p = f"{r['p_against_first']:.1g}" if "p_against_first" in r else ""
-            lines.append([r["strategy"], *cells, f"{r['overall']['unparsed']:.1f}", p])
-        heads = [h for p in parts for h in ({"natural": "Natural", "adversarial": "Advers.", "overall": "all"}[p], "agr.")]
-        columns = ["strategy", *heads[:-1], "±", "agr.", "unp.", "p"]
-        title = f"{_short(evaluator)}: accuracy and agreement of both orders, percent; p against {of[0]['strategy']}"
-        tables.append({"title": title, "columns": columns, "rows": lines})
+    tables = [
+        _table(evaluator, [r for r in rows if r["evaluator"] == evaluator]) for evaluator in dict.fromkeys(r["evaluator"] for r in rows)
+    ]
     return Finding({"runs": [r.plain() for r in runs], "averages": rows}, tables=tables, plots=_plots(runs, rows))
 
 
-def _plots(runs: list[Run], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _table(evaluator: str, rows: list[Row]) -> dict[str, Any]:
+    """Accuracy and agreement of every strategy of one evaluator."""
+    whole = all("natural" in r and "adversarial" in r for r in rows)
+    lines = []
+    for r in rows:
+        cells = []
+        for part in (r["natural"], r["adversarial"]) if whole else ():
+            cells += [f"{part['accuracy']:.1f}", f"{part['agreement']:.1f}"]
+        of = r["overall"]
+        low, high = of["accuracy_interval"]
+        cells += [f"{of['accuracy']:.1f}", f"{low:.1f} to {high:.1f}", f"{of['agreement']:.1f}", f"{of['unparsed']:.1f}"]
+        p = f"{r['p_against_first']:.1g}" if "p_against_first" in r else ""
+        lines.append([r["strategy"], *cells, p])
+    heads = ["Natural", "agr.", "Advers.", "agr."] if whole else []
+    columns = ["strategy", *heads, "all", "95 %", "agr.", "unp.", "p"]
+    title = f"{_short(evaluator)}: accuracy and agreement of both orders, percent; p against {rows[0]['strategy']}"
+    return {"title": title, "columns": columns, "rows": lines}
+
+
+def _plots(runs: list[Run], rows: list[Row]) -> list[dict[str, Any]]:
     plots: list[dict[str, Any]] = []
     evaluators = list(dict.fromkeys(r["evaluator"] for r in rows))
     used = [s for s in STRATEGIES if any(r["strategy"] == s for r in rows)]

@@ -1,16 +1,18 @@
 """Verdicts: reading them off a judge's text, mapping them between the two orders, and what they are worth.
 
 A verdict is 1 or 2, the output that is better in the order of the data, or 0: unparsed. LLMBar (2310.07641) judges every
-pair in both orders. Its accuracy is the mean over both, its agreement the share of pairs with the same verdict in both;
-an unparsed verdict is wrong, and two of them agree. The paper's averages over subsets are plain means, whatever the sizes.
+pair in both orders. Its accuracy is the mean over both, its agreement the share of pairs with the same verdict in both; an
+unparsed verdict is wrong. In the published figures two unparsed verdicts agree (`official=True`); ours is that a pair without
+a verdict in both orders does not. The paper's averages over subsets are plain means, whatever the sizes.
 
 The published code takes the first pattern that it finds anywhere, (a) before (b), so a text that names both counts for (a);
 its full stop is a wildcard. Ours is strict: a text that says both is unparsed. `official=True` reads as the published code
 does, which is what recorded runs are recomputed with. The published kappas turn every "2" into 0 and are not computed.
 """
 
+import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
@@ -76,14 +78,34 @@ def swap_names(text: str) -> str:
     return re.sub(r"(?<=[Oo]utput \()[ab](?=\))", lambda m: "ba"["ab".index(m[0])], text)
 
 
-def measure(verdicts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Accuracy, agreement and what decided, in percent, from verdicts (2, N), both orders in the order of the data, and labels (N,).
+class ByPlace(TypedDict):
+    """Percent of the pairs whose place alone decided: both orders chose what was shown first, or second."""
 
-    `by place` is the share of pairs where both orders chose the output shown first, or the one shown second: position alone
-    decided. Intervals are Wilson's over pairs, a pair right in one order counting half.
+    first: float
+    second: float
+
+
+class Measured(TypedDict):
+    """What the verdicts on n pairs are worth, in percent. Intervals are Wilson's, 95 %."""
+
+    n: int
+    accuracy: float
+    accuracy_interval: list[float]
+    agreement: float
+    agreement_interval: list[float]
+    unparsed: float  # of the verdicts
+    by_place: ByPlace
+
+
+def measure(verdicts: np.ndarray, labels: np.ndarray, official: bool = False) -> Measured:
+    """Accuracy, agreement and what decided, from verdicts (2, N), both orders in the order of the data, and labels (N,).
+
+    Intervals are over pairs, a pair right in one order counting half. official: two unparsed verdicts agree.
     """
     n = len(labels)
     right, same = verdicts == labels, verdicts[0] == verdicts[1]
+    if not official:
+        same &= verdicts[0] != UNPARSED
     shown = np.array([[1], [2]])  # the output that each order shows first
 
     def percent(hits: Any, interval: bool = False) -> Any:
@@ -98,6 +120,15 @@ def measure(verdicts: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         "unparsed": 100 * float((verdicts == UNPARSED).sum()) / (2 * n),
         "by_place": {"first": percent((verdicts == shown).all(0).sum()), "second": percent((verdicts == swap(shown)).all(0).sum())},
     }
+
+
+def mean_interval(parts: list[Measured]) -> list[float]:
+    """The interval of the plain mean of the parts' accuracies, from theirs: distances to each end are added as squares (MOVER,
+    Zou and Donner 2008). Of one part it is that part's own."""
+    mean = sum(p["accuracy"] for p in parts) / len(parts)
+    below = math.hypot(*(p["accuracy"] - p["accuracy_interval"][0] for p in parts)) / len(parts)
+    above = math.hypot(*(p["accuracy_interval"][1] - p["accuracy"] for p in parts)) / len(parts)
+    return [mean - below, mean + above]
 
 
 def differ(a: np.ndarray, b: np.ndarray, labels: np.ndarray) -> float:

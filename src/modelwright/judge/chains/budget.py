@@ -1,95 +1,109 @@
 """What a run of AoR says: accuracy beside the votes on the same chains, what it cost, and what became of every question."""
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from modelwright.core.job import Finding
 from modelwright.core.numbers.stats import mcnemar
-from modelwright.judge.aor import Knobs, run
-from modelwright.judge.ask.judges import failures
-from modelwright.judge.chains.answers import Choice, same
-from modelwright.judge.chains.critic import Critic, Verifier
-from modelwright.judge.chains.questions import COLUMNS, Question, coverage, measure, table_row
-from modelwright.judge.select import select
+from modelwright.judge.ask.desk import failures
+from modelwright.judge.chains import votes
+from modelwright.judge.chains.answers import Choice, Kind, same
+from modelwright.judge.chains.questions import COLUMNS, Measured, Question, coverage, measure, table_row
 
 _SIZES = (1, 2, 3, 5, 8, 10, 15, 20, 30, 40)
+_WINDOWS = (2, 3, 4, 6, 8, 10, 5)  # the last, the paper's, is the one that the table shows
+_CONFIDENCES = (0.7, 0.8, 0.9, 0.99, 0.95)  # the same
+Curve = list[list[float]]  # points
 
 
-def budget(asked: list[Question], chosen: list[Choice], scorer: Critic | Verifier, knobs: Knobs, seed: int = 0) -> Finding:
-    """Metrics, tables and budget curves. A program scores more budgets for its curve; a model is not asked again."""
-    most = min(knobs.max, max(len(q.chains) for q in asked))
-    requests = scorer.plain()
-    found: dict[str, Any] = {"questions": len(asked), "aor": measure(asked, chosen, knobs.kind), "requests": requests}
-    found["outcomes"] = dict(Counter(c.status for c in chosen))
-    votes: dict[str, list[Choice]] = {}
-    curves: dict[str, list[list[float]]] = {"self-consistency": [], "ESC": [], "adaptive": []}
-    for name, method, settings in (  # the last setting, its paper's, is the one that the table shows
-        ("self-consistency", "self_consistency", [{"n": n} for n in dict.fromkeys((*_SIZES, most)) if n <= most]),
-        ("ESC", "esc", [{"n": most, "window": w} for w in (2, 3, 4, 6, 8, 10, 5)]),
-        ("adaptive", "adaptive", [{"n": most, "confidence": c} for c in (0.7, 0.8, 0.9, 0.99, 0.95)]),
-    ):
-        for s in settings:
-            votes[name] = [select(q.chains, method, kind=knobs.kind, **s) for q in asked]
-            of = measure(asked, votes[name], knobs.kind)
-            curves[name].append([of["chains"], of["accuracy"]])
-        found[name] = of
-        curves[name].sort()
-    calls = [[found["aor"]["calls"], found["aor"]["accuracy"]]]
-    curves["AoR"] = [[found["aor"]["chains"], found["aor"]["accuracy"]]]
-    if isinstance(scorer, Verifier):
-        for part in (4, 2):
-            small = replace(knobs, n=max(1, knobs.n // part), max=max(1, knobs.max // part), add=max(1, knobs.add // part))
-            of = measure(asked, run(asked, scorer, small, seed), knobs.kind)
-            curves["AoR"].append([of["chains"], of["accuracy"]])
-            calls.append([of["calls"], of["accuracy"]])
-    curves["AoR"].sort()
-    found |= {"coverage": coverage(asked, knobs.kind, most), "curves": curves, "calls_curve": sorted(calls)}
-    right = {k: np.array([same(c.answer, q.answer, knobs.kind) for c, q in zip(of, asked, strict=True)]) for k, of in votes.items()}
-    ours = np.array([same(c.answer, q.answer, knobs.kind) for c, q in zip(chosen, asked, strict=True)])
-    found["p_against_self_consistency"] = mcnemar(ours, right["self-consistency"])
-    gain = found["aor"]["accuracy"] - found["self-consistency"]["accuracy"]
-    plots = [{"kind": "line", "title": "Accuracy against chains", "x": "chains per question", "y": "percent", "series": curves}]
-    if len(calls) > 1:
-        plots.append(
-            {
-                "kind": "line",
-                "title": "AoR: accuracy against judge calls",
-                "x": "calls per question",
-                "y": "percent",
-                "series": {"AoR": sorted(calls)},
-            }
-        )
-    tables = [
-        {
-            "title": f"Accuracy in percent; per question chains (at most {most}) and judge calls",
-            "columns": COLUMNS,
-            "rows": [table_row("AoR", found["aor"]), *(table_row(k, found[k]) for k in votes)],
-        },
-        {
-            "title": "What became of the questions",
-            "columns": ["outcome", "questions"],
-            "rows": [list(kv) for kv in found["outcomes"].items()],
-        },
-    ]
-    tables += failures(requests)
-    how = f"{abs(gain):.1f} points {'above' if gain > 0 else 'below'}" if gain else "level with"
+def budget(
+    asked: list[Question],
+    chosen: list[Choice],
+    smaller: list[list[Choice]],
+    requests: dict[str, Any],
+    *,
+    kind: Kind,
+    most: int,
+    fallback: str,
+) -> Finding:
+    """Metrics, tables and budget curves.
+
+    chosen: AoR's choice for each question. smaller: its choices with smaller budgets, for the curves. requests: the judge's
+    counts. most: chains per question, at most. fallback: what a question without a winner gets.
+    """
+    most = min(most, max(len(q.chains) for q in asked))
+    aor = measure(asked, chosen, kind)
+    rivals, last_votes, curves = _votes(asked, kind, most)
+    points = [aor, *(measure(asked, choices, kind) for choices in smaller)]
+    curves["AoR"] = sorted([p["chains"], p["accuracy"]] for p in points)
+    calls = sorted([p["calls"], p["accuracy"]] for p in points)
+    outcomes = dict(Counter(c.status for c in chosen))
+    p_value = mcnemar(_right(asked, chosen, kind), _right(asked, last_votes, kind))
+    found: dict[str, Any] = {"questions": len(asked), "aor": aor, "requests": requests, "outcomes": outcomes, **rivals}
+    found |= {"coverage": coverage(asked, kind, most), "curves": curves, "calls_curve": calls}
+    found["p_against_self_consistency"] = p_value
+    plots = [_line("Accuracy against chains", "chains per question", curves)]
+    if smaller:
+        plots.append(_line("AoR: accuracy against judge calls", "calls per question", {"AoR": calls}))
+    vote = rivals["self-consistency"]
+    lost = len(asked) - outcomes.get("ok", 0)
     return Finding(
         found,
-        text=f"AoR is {how} self-consistency over {most} chains (p = {found['p_against_self_consistency']:.2g}); "
+        text=f"AoR is {_gain(aor['accuracy'] - vote['accuracy'])} self-consistency over {most} chains (p = {p_value:.2g}); "
         f"the right answer is among the chains of {found['coverage']:.1f} %.",
         tiles=[
-            (
-                f"{found['aor']['accuracy']:.1f} %",
-                "AoR",
-                f"{found['aor']['chains']:.2f} chains, {found['aor']['calls']:.2f} calls a question",
-            ),
-            (f"{found['self-consistency']['accuracy']:.1f} %", "self-consistency", f"{most} chains"),
-            (str(len(asked) - found["outcomes"].get("ok", 0)), "questions without a winner", f"fallback: {knobs.fallback}"),
+            (f"{aor['accuracy']:.1f} %", "AoR", f"{aor['chains']:.2f} chains, {aor['calls']:.2f} calls a question"),
+            (f"{vote['accuracy']:.1f} %", "self-consistency", f"{most} chains"),
+            (str(lost), "questions without a winner", f"fallback: {fallback}"),
         ],
-        tables=tables,
+        tables=[
+            {
+                "title": f"Accuracy in percent; per question chains (at most {most}) and judge calls",
+                "columns": COLUMNS,
+                "rows": [table_row("AoR", aor), *(table_row(name, of) for name, of in rivals.items())],
+            },
+            {
+                "title": "What became of the questions",
+                "columns": ["outcome", "questions"],
+                "rows": [[outcome, n] for outcome, n in outcomes.items()],
+            },
+            *failures(requests),
+        ],
         plots=plots,
         facts={k: v for k, v in requests.items() if v and k != "failures_say"},
     )
+
+
+def _votes(asked: list[Question], kind: Kind, most: int) -> tuple[dict[str, Measured], list[Choice], dict[str, Curve]]:
+    """The rivals' measures by name, self-consistency's choices over all chains, and accuracy against chains for each."""
+    sizes = [n for n in dict.fromkeys((*_SIZES, most)) if n <= most]
+    by_size = [[votes.self_consistency(q.chains, kind, n) for q in asked] for n in sizes]
+    ways: dict[str, list[list[Choice]]] = {
+        "self-consistency": by_size,
+        "ESC": [[votes.early_stopping(q.chains, kind, most, window) for q in asked] for window in _WINDOWS],
+        "adaptive": [[votes.adaptive(q.chains, kind, most, confidence) for q in asked] for confidence in _CONFIDENCES],
+    }
+    rivals: dict[str, Measured] = {}
+    curves: dict[str, Curve] = {}
+    for name, settings in ways.items():
+        measured = [measure(asked, choices, kind) for choices in settings]
+        rivals[name] = measured[-1]
+        curves[name] = sorted([m["chains"], m["accuracy"]] for m in measured)
+    return rivals, by_size[-1], curves
+
+
+def _right(asked: list[Question], chosen: list[Choice], kind: Kind) -> np.ndarray:
+    """(questions,) bool"""
+    return np.array([same(c.answer, q.answer, kind) for c, q in zip(chosen, asked, strict=True)])
+
+
+def _gain(points: float) -> str:
+    if not points:
+        return "level with"
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
+
+
+def _line(title: str, x: str, series: dict[str, Curve]) -> dict[str, Any]:
+    return {"kind": "line", "title": title, "x": x, "y": "percent", "series": series}

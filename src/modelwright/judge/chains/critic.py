@@ -9,11 +9,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from modelwright.core.errors import UserError
-from modelwright.core.job import Job
-from modelwright.judge.aor import Knobs, Request, Scores
-from modelwright.judge.ask.judges import Desk, Prompt, open_judge
+from modelwright.judge.ask.desk import Desk
+from modelwright.judge.ask.protocol import Prompt
 from modelwright.judge.chains import letters
+from modelwright.judge.chains.scoring import Request, Scores
 
 VERIFIERS: dict[str, Callable[[str, str], float]] = {"letters": letters.score}
 _SCORE = re.compile(r"\b(?:chain|option)\s*(\d+)\W+(?:(?:total\s+)?score\W+)?(\d+(?:\.\d+)?)\s*/\s*10\b", re.I)
@@ -88,13 +87,3 @@ class Verifier:
 
     def plain(self) -> dict[str, Any]:
         return {"judge": f"program: {self.name}", "requests": self.requests}
-
-
-def open_scorer(knobs: Knobs, job: Job) -> Critic | Verifier:
-    """The scorer that a step's settings name. Raises UserError when they name none."""
-    if knobs.verifier != "none":
-        return Verifier(knobs.verifier)
-    if not knobs.url and job.source is None:
-        raise UserError("no judge was given", how="give a checkpoint with --base, --url and --model of an endpoint, or --verifier letters")
-    judge = open_judge(job, knobs.url, knobs.model, knobs.endpoint, knobs.cache, knobs.batch)
-    return Critic(Desk(judge), knobs.temperature, knobs.retries)

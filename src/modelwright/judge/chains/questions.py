@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from modelwright.core.data.tables import numbers
 from modelwright.core.errors import UserError, did_you_mean
@@ -58,7 +58,17 @@ def read_chains(file: Path, kind: Kind, columns: dict[str, str], limit: int | No
     return asked
 
 
-def measure(asked: list[Question], chosen: list[Choice], kind: Kind) -> dict[str, Any]:
+class Measured(TypedDict):
+    """What a way to choose reached: percent, and means per question."""
+
+    accuracy: float
+    accuracy_interval: list[float]
+    chains: float
+    calls: float
+    no_answer: int
+
+
+def measure(asked: list[Question], chosen: list[Choice], kind: Kind) -> Measured:
     """Accuracy in percent with Wilson's interval, chains and calls per question, and how many questions got no answer."""
     right, n = sum(same(c.answer, q.answer, kind) for c, q in zip(chosen, asked, strict=True)), len(asked)
     return {
@@ -75,7 +85,7 @@ def coverage(asked: list[Question], kind: Kind, n: int) -> float:
     return 100 * sum(any(same(a, q.answer, kind) for a in q.extracted(kind)[:n]) for q in asked) / len(asked)
 
 
-def table_row(name: str, found: dict[str, Any]) -> list[Any]:
+def table_row(name: str, found: Measured) -> list[Any]:
     """method, accuracy, interval, chains, calls, no answer"""
     low, high = found["accuracy_interval"]
     return [

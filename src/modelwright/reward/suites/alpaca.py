@@ -13,8 +13,9 @@ over mean of a model's rates with its _verbose and _concise prompts, rescaled by
 """
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,15 +26,26 @@ from modelwright.reward.calibrate import Calibrator
 from modelwright.reward.suites.length_control import ENOUGH, Annotations, length_controlled, sigmoid
 from modelwright.reward.table.evidence import binned, shown
 
-if TYPE_CHECKING:
-    from modelwright.reward.bench import Knobs
-
 WEIGHTS = ("np.tanh(std_delta_len)", "instruction_difficulty", "not_gamed_baseline.astype(float)")
 
 
-def alpacaeval(knobs: "Knobs", job: Job) -> Finding:
+@dataclass(frozen=True)
+class Settings:
+    """What reward.bench's settings say to this suite; see its Knobs. `frac` and `ratio` are the calibration paper's here."""
+
+    leaderboard: str | None = None
+    weights: str | None = None
+    arena: tuple[str, ...] = ()
+    frac: float = 0.3
+    ratio: float = 8.0
+    penalty: float = 0.001
+    compat: Literal["none", "official"] = "none"
+    draws: int = 1000
+
+
+def alpacaeval(path: Path, columns: dict[str, str], knobs: Settings, job: Job) -> Finding:
     """Win rates of every model, their correlation with the leaderboard and the arena tables, rank changes."""
-    a = Annotations(Path(knobs.scores), knobs.columns)
+    a = Annotations(path, columns)
     rows = _table(knobs.weights, WEIGHTS) if knobs.weights else {}
     official = {m: [row[c] for c in WEIGHTS] for m, row in rows.items()}
     with job.progress.task("length-controlled win rates"):
@@ -63,12 +75,12 @@ def alpacaeval(knobs: "Knobs", job: Job) -> Finding:
     return _finding(a, each, metrics, gap)
 
 
-def _calibrated(a: Annotations, knobs: "Knobs") -> dict[str, np.ndarray]:
+def _calibrated(a: Annotations, knobs: Settings) -> dict[str, np.ndarray]:
     """Preferences by corrected rewards; the bias is fitted on the models' responses only."""
     seen, out = a.seen, {}
-    width = float(np.abs(a.len_model - a.len_base)[seen].mean()) / (knobs.ratio or 8.0)
+    width = float(np.abs(a.len_model - a.len_base)[seen].mean()) / knobs.ratio
     for k, method in (("lwr", "lwr"), ("mean", "mean")):
-        c = Calibrator(method=method, frac=knobs.frac or 0.3, width=width, min_calibrate_num=10, compat=knobs.compat)  # type: ignore[arg-type]
+        c = Calibrator(method=method, frac=knobs.frac, width=width, min_calibrate_num=10, compat=knobs.compat)  # type: ignore[arg-type]
         c = c.fit(a.score_model[seen], {"length": a.len_model[seen]})
         both = np.r_[a.len_model[seen], a.len_base[seen]]
         rest = np.r_[a.score_model[seen], a.score_base[seen]] - c.bias({"length": both}, np.tile(np.arange(seen.sum()), 2))
@@ -96,7 +108,7 @@ def _errors(models: list[str], rates: dict[str, np.ndarray], board: dict[str, di
     return out
 
 
-def _correlations(models: list[str], rates: np.ndarray, board: dict[str, dict[str, float]], arena: list[str]) -> dict[str, Any]:
+def _correlations(models: list[str], rates: np.ndarray, board: dict[str, dict[str, float]], arena: tuple[str, ...]) -> dict[str, Any]:
     tables = {"leaderboard": {m: r["length_controlled_winrate"] for m, r in board.items()}} if board else {}
     for path in arena:
         tables |= _arena(Path(path))

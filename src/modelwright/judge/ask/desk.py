@@ -1,0 +1,71 @@
+"""Asking whole lists of prompts, and counting what came back."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from modelwright.core.report.progress import Tick
+from modelwright.judge.ask.protocol import ANSWERED, Answer, Judge, Prompt
+from modelwright.judge.ask.thoughts import without_thoughts
+
+
+class Desk:
+    """Asks a judge for whole lists. Answers come without what was thought before them.
+
+    Counts requests, answers by status, failures on the way, tokens and cost.
+    """
+
+    def __init__(self, judge: Judge, tick: Tick | None = None):
+        self.judge, self.tick = judge, tick or Tick()
+        self.statuses: Counter[str] = Counter()
+        self.troubles: Counter[str] = Counter()
+        self.said: dict[str, str] = {}
+        self.reused = self.tokens_in = self.tokens_out = 0
+        self.cost = 0.0
+
+    def __call__(self, prompts: Iterable[Prompt]) -> list[Answer]:
+        prompts = list(prompts)
+        answers: dict[int, Answer] = {}
+        for i, answer in self.judge.ask(prompts):
+            self._count(answer)
+            answers[i] = replace(answer, text=without_thoughts(answer.text))
+        for i in range(len(prompts)):
+            if i not in answers:  # a judge that forgot one
+                self._count(answers.setdefault(i, Answer(status="not answered")))
+        return [answers[i] for i in range(len(prompts))]
+
+    def _count(self, answer: Answer) -> None:
+        self.statuses[answer.status] += 1
+        self.troubles.update(answer.troubles)
+        if answer.said:
+            self.said.setdefault(answer.status, answer.said)
+        self.reused += answer.reused
+        if not answer.reused:
+            self.tokens_in += answer.tokens_in
+            self.tokens_out += answer.tokens_out
+        self.cost += answer.cost
+        self.tick(1)
+
+    def plain(self) -> dict[str, Any]:
+        """The counts, for json."""
+        failed = {k: v for k, v in self.statuses.items() if k not in ANSWERED}
+        return {
+            "judge": self.judge.name,
+            "requests": sum(self.statuses.values()),
+            "answers": {k: self.statuses[k] for k in ANSWERED if self.statuses[k]},
+            "reused": self.reused,
+            "failed": failed,
+            "failures_say": self.said,
+            "troubles_on_the_way": dict(self.troubles),
+            "tokens_in": self.tokens_in,
+            "tokens_out": self.tokens_out,
+            "cost": round(self.cost, 6),
+        }
+
+
+def failures(counts: dict[str, Any]) -> list[dict[str, Any]]:
+    """A table of what went wrong, from a desk's counts; none where nothing did."""
+    met, lost, said = (counts.get(k, {}) for k in ("troubles_on_the_way", "failed", "failures_say"))
+    rows = [[kind, met.get(kind, lost.get(kind, 0)), lost.get(kind, 0), said.get(kind, "")[:60]] for kind in lost | met]
+    return [{"title": "Failures", "columns": ["kind", "met", "given up", "said"], "rows": rows}] if rows else []
