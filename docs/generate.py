@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "docs")]
 
 from markdown_of import cell, docstring, table  # noqa: E402 - beside this file
-from matrix import ROWS  # noqa: E402
 
+from matrix import ROWS  # noqa: E402
 from modelwright import registry  # noqa: E402
 from modelwright.core.knobs import Tune, default_of, flat, type_name  # noqa: E402
 from modelwright.runner import recipe as recipes  # noqa: E402
@@ -251,7 +251,8 @@ def _knob_table(rows: list[tuple[str, Any]]) -> list[str]:
         low, high = f.metadata.get("low"), f.metadata.get("high")
         span = f"{low} to {high}" if None not in (low, high) else f"at least {low}" if low is not None else f"at most {high}"
         kind = type_name(f.type) + (f", {span}" if (low, high) != (None, None) else "")
-        made.append([f"`{name}`", shown, f.metadata.get("help", ""), kind])
+        also = f" (also `{f.metadata['alias']}`)" if f.metadata.get("alias") else ""
+        made.append([f"`{name}`{also}", shown, f.metadata.get("help", ""), kind])
     return [*table(["knob", "default", "meaning", "type"], made), ""]
 
 
@@ -286,12 +287,18 @@ def _counts() -> str:
     return ", ".join(f"{words.count(v)} {v}" for v in VERDICTS)
 
 
+_PROOFS = """# Proofs
+
+Made by `make docs`. Claims are measured in `bench/`, each beside its baseline and its control, and reported as they came out. What
+holds exactly is tested. Numbers, tables and tests stand on each method's page.
+
+Of the claims: {counts}. *Not held*: the measurement says otherwise, here. *Not shown at this scale*: the claim is about larger models
+or longer training than were run, and no difference beyond the spread of the seeds was seen.
+"""
+
+
 def proofs() -> str:
-    out = ["# Proofs", "", "Made by `make docs`. Claims are measured in `bench/`, each beside its baseline and its control, and reported as they"]
-    out += ["came out. What holds exactly is tested. Tables, tests and numbers stand on each method's page.", ""]
-    out += [f"Of the claims: {_counts()}. *Not held*: the measurement says otherwise, here. *Not shown at this scale*: the claim is"]
-    out += ["about larger models or longer training than were run, and no difference beyond the spread of the seeds was seen.", ""]
-    return _lines([*out, *_index("docs/methods/")])
+    return _lines([*_PROOFS.format(counts=_counts()).split("\n"), *_index("docs/methods/")])
 
 
 def methods_page() -> str:
@@ -316,14 +323,26 @@ def _lines(lines: list[str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def outdated(made: dict[Path, str]) -> list[str]:
+    """Pages that are not what would be made now, and pages of methods that are gone."""
+    gone = set((ROOT / "docs" / "methods").rglob("*.md")) - made.keys()
+    old = [f for f, text in made.items() if not f.is_file() or f.read_text(encoding="utf-8") != text]
+    return sorted(str(f.relative_to(ROOT)) for f in [*old, *gone])
+
+
 def main() -> None:
     made = pages()
-    for old in set((ROOT / "docs" / "methods").rglob("*.md")) - made.keys():
-        old.unlink()
-    for file, text in made.items():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text, encoding="utf-8")
-    print(f"{len(made)} pages")
+    old = outdated(made)
+    if "--check" in sys.argv:
+        sys.exit("run `make docs`; not current: " + ", ".join(old) if old else 0)
+    for name in old:
+        file = ROOT / name
+        if file in made:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(made[file], encoding="utf-8")
+        else:
+            file.unlink()
+    print(f"{len(made)} pages, {len(old)} of them changed")
 
 
 if __name__ == "__main__":
