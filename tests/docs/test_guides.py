@@ -16,7 +16,8 @@ from modelwright.core.errors import UserError
 from modelwright.runner import recipe as recipes
 
 ALL = sorted(GUIDES.glob("*.md"))
-OTHER_TOOLS = {"pip", "vllm", "lm_eval", "srun", "export", "make", "git", "python"}
+ROOT = GUIDES.parents[1]
+OTHER_TOOLS = {"pip", "vllm", "lm_eval", "srun", "export", "make", "git", "python", "pre-commit"}
 
 
 def _ids(guide: Path) -> str:
@@ -62,7 +63,7 @@ def given(tmp_path: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("guide", ALL, ids=_ids)
+@pytest.mark.parametrize("guide", [*ALL, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "index.md"], ids=_ids)
 def test_every_block_parses(guide: Path, given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(guide)
     assert guide.read_text().count("\n```") == 2 * len(found), "a block was not understood"
@@ -122,7 +123,6 @@ def test_a_block_that_does_not_parse_is_found(text: str, tmp_path: Path, given: 
 
 
 def test_every_guide_is_in_the_index_and_the_menu() -> None:
-    root = GUIDES.parents[1]
-    index, menu = (root / "docs" / "index.md").read_text(), (root / "mkdocs.yml").read_text()
+    index, menu, readme = ((ROOT / name).read_text() for name in ("docs/index.md", "mkdocs.yml", "README.md"))
     for guide in ALL:
-        assert f"guides/{guide.name}" in index and f"guides/{guide.name}" in menu
+        assert all(f"guides/{guide.name}" in text for text in (index, menu, readme))
