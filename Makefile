@@ -3,8 +3,9 @@ PY ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
+BENCHMARKS := $(filter-out bench/common.py bench/pages.py,$(wildcard bench/*.py))
 
-.PHONY: demo test lint bench proofs clean
+.PHONY: demo test lint bench docs docs-site clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m venv .venv
@@ -22,11 +23,16 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 bench: .venv/ready
-	for f in bench/*.py; do echo "== $$f"; OMP_NUM_THREADS=1 $(BIN)/python $$f || exit 1; done
-	$(MAKE) proofs
+	for f in $(BENCHMARKS); do echo "== $$f"; OMP_NUM_THREADS=1 $(BIN)/python $$f || exit 1; done
+	$(BIN)/python bench/pages.py
+	$(MAKE) docs
 
-proofs: .venv/ready
-	$(BIN)/python bench/proofs.py
+docs: .venv/ready  # the generated pages and PROOFS.md
+	$(BIN)/python docs/generate.py
+
+docs-site: docs  # a site with search in build/site; read it with: python -m http.server -d build/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv build src/*.egg-info
