@@ -193,8 +193,8 @@ def _installed() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
 
     for point in metadata.entry_points(group=GROUP):
         try:
-            added = {e.name: e for e in _table(point)}
-            for e in added.values():
+            added = _table(point)
+            for e in added:
                 if not isinstance(e, Entry) or e.family not in FAMILIES or not e.name.split(".", 1)[-1].isidentifier():
                     raise TypeError(f"{e!r} is no method of a family ({', '.join(FAMILIES)})")
                 if e.name in found:
@@ -202,9 +202,9 @@ def _installed() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
                 if not e.file.is_file():
                     raise FileNotFoundError(f"{e.name} has no file {e.file}")
         except Exception as error:  # whatever another package does must not take the command line away
-            problems.append(f"the methods of {point.value} are left out: {short(error)}")
+            problems.append(f"the methods of {point.value} are left out: {type(error).__name__}: {short(error)}")
         else:
-            found |= added
+            found |= {e.name: e for e in added}
     return tuple(found.values()), tuple(problems)
 
 

@@ -107,18 +107,24 @@ def show(name: Annotated[str, typer.Argument(help="A method, such as reshape.upc
 
 @app.command()
 def new(
-    family: Annotated[str, typer.Argument(help="Family, such as reshape or tune.")],
-    name: Annotated[str, typer.Argument(help="Name of the method, in snake_case.")],
+    family: Annotated[str | None, typer.Argument(help="Family, such as reshape or tune.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Name of the method, in snake_case.")] = None,
+    package: Annotated[str | None, typer.Option("--package", metavar="NAME", help="Write an installable package with the method.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the stubs of a new method into this checkout: file, registry line, recipe, test."""
-    from modelwright.cli.new import scaffold
+    """Write the stubs of a new method, into this checkout or as a package of your own."""
+    from modelwright.cli import new as stubs
 
-    files = scaffold(family, name, Path.cwd())
+    if package:
+        files = stubs.scaffold_package(package, family or "tune", name or "first", Path.cwd())
+    elif family and name:
+        files = stubs.scaffold(family, name, Path.cwd())
+    else:
+        raise UserError("a family and a name are needed", how="write `modelwright new tune my_method`, or `new --package my_methods`")
     if as_json:
         print_json({"files": [str(f) for f in files]})
     else:
-        typer.echo("\n".join(f"wrote {f}" for f in files))
+        say("\n".join(f"wrote {f}" for f in files))
 
 
 @app.command()
