@@ -1,61 +1,31 @@
-"""One test runs every method on every family it fits: it saves, and a stock class loads what was saved."""
+"""Every method on every family it fits: it saves, and a stock class loads what was saved; on the first family in bf16 too."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import modelwright
 from matrix import ROWS
+from modelwright.testing import check_method
+
+CASES = [(name, family, False) for name, row in ROWS.items() for family in row.families]
+CASES += [(name, row.families[0], True) for name, row in ROWS.items() if row.families[0]]
+BF16_FAULTS = dict.fromkeys(("reshape.rmoe", "reshape.hyper_moe", "reshape.edit"), "the model in memory differs from the one on disk")
 
 
-def _chats(folder: Path) -> dict[str, str]:
-    rows = [
-        {
-            "messages": [{"role": "user", "content": f"what is {i}"}, {"role": "assistant", "content": f"it is {i + 1}"}],
-            "source": ("good", "bad")[i % 2],
-        }
-        for i in range(24)
-    ]
-    (folder / "chats.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return {"data": str(folder / "chats.jsonl")}
+def _mark(case: tuple[str, str, bool]) -> Any:
+    reason = BF16_FAULTS.get(case[0]) if case[2] else None
+    return pytest.param(*case, marks=[pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason)] if reason else [])
 
 
-def _fact(folder: Path) -> dict[str, str]:
-    (folder / "fact.json").write_text(json.dumps({"prompt": "import os is", "new": "red", "true": "blue", "neighbours": ["import re is"]}))
-    return {"fact": str(folder / "fact.json")}
+def _id(case: tuple[str, str, bool]) -> str:
+    name, family, bf16 = case
+    return "-".join(w for w in (name, family, "bf16" * bf16) if w)
 
 
-def _matrix(folder: Path) -> dict[str, str]:
-    (folder / "m.json").write_text(json.dumps({"tasks": ["a", "b"], "matrix": [[90, 10], [70, 80]]}))
-    return {"matrix": str(folder / "m.json")}
-
-
-_MADE = {"chats": _chats, "fact": _fact, "matrix": _matrix}
-CASES = [(name, family) for name, row in ROWS.items() for family in row.families]
-
-
-@pytest.mark.parametrize(("name", "family"), CASES, ids=[f"{n}-{f}" if f else n for n, f in CASES])
-def test_method_saves_what_a_stock_class_loads(name: str, family: str, tiny, tmp_path: Path) -> None:
-    row, knobs = ROWS[name], dict(ROWS[name].knobs)
-    if isinstance(row.data, str):
-        knobs |= _MADE[row.data](tmp_path)
-    elif row.data:
-        data = tmp_path / "data.jsonl"
-        lines = (
-            [{"input_ids": [(7 * i + j) % 90 + 3 for j in range(20)]} for i in range(12)] if family else [{"text": "one two three " * 50}]
-        )
-        data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        knobs["data"] = str(data)
+@pytest.mark.parametrize(("name", "family", "bf16"), map(_mark, CASES), ids=map(_id, CASES))
+def test_method_saves_what_a_stock_class_loads(name: str, family: str, bf16: bool, tiny, tmp_path: Path) -> None:
+    row = ROWS[name]
+    make = row.data if isinstance(row.data, str) else ("tokens" if family else "text") if row.data else ""
     base = "seedling" if family == "seedling" else tiny(family) if family else None
-    knobs = {k: str(base) if v == "BASE" else v for k, v in knobs.items()}
-    result = modelwright.run(name, base=base, to=tmp_path / "out", **knobs)
-    assert result.to == tmp_path / "out" and not list(tmp_path.glob("out.*"))
-    assert (result.to / "report.html").stat().st_size > 2000
-    if result.certificate:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(result.to)
-        assert type(model).__name__ == result.certificate["loads_in"] == row.loads_in.get(family, result.certificate["loads_in"])
-        assert sum(p.numel() for p in model.parameters()) == result.certificate["params_total"]
-        assert result.certificate["passed"] in (True, None)
+    check_method(name, row.knobs, tmp_path, base=base, make=make, bf16=bf16, loads_in=row.loads_in.get(family, ""))

@@ -8,10 +8,12 @@ Other packages add methods by an entry point of the group `modelwright.methods` 
 
 import ast
 import dataclasses
+import os
+import sys
 import typing
 from dataclasses import dataclass
 from functools import cache
-from importlib import import_module, metadata
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -60,11 +62,7 @@ class Entry:
     @property
     def file(self) -> Path:
         """The method's source file, found without importing it."""
-        package, *rest = self.module.split(".")
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"{self.name} has no source", f"the package {package} is not installed", "install it again")
-        return Path(list(spec.submodule_search_locations)[0]).joinpath(*rest).with_suffix(".py")
+        return _source(self.module)
 
 
 def method(name: str, line: str, paper: str, shape: Shape, *, module: str = "", loads_in: str = "") -> Entry:
@@ -125,32 +123,117 @@ FAMILIES = {
     "modalities": "tables, pixels, music, series",
 }
 
-ALIASES = {  # what people type for it elsewhere
-    "sft": "sft is tune.full here (or tune.lora)",
-    "finetune": "plain fine-tuning is tune.full here (or tune.lora)",
-    "qlora": "qlora is tune.lora with load_4bit: true here",
-    "openchat": "did you mean 'tune.c_rlft'?",
-    "merge": "Branch-Train-MiX merges experts: reshape.upcycle",
+ALIASES = {  # what people type for it elsewhere -> methods and commands; the first that is there is named
+    "sft": ("tune.full", "tune.lora"),
+    "finetune": ("tune.full", "tune.lora"),
+    "fine_tune": ("tune.full", "tune.lora"),
+    "finetuning": ("tune.full", "tune.lora"),
+    "train": ("tune.full", "tune.lora"),
+    "pretrain": ("reshape.fresh", "tune.full"),
+    "peft": ("tune.lora",),
+    "qlora": ("tune.lora",),
+    "openchat": ("tune.c_rlft",),
+    "dpo": ("rl.dpo", "tune.dpo"),
+    "ppo": ("rl.ppo",),
+    "rlhf": ("rl.ppo", "rl.dpo"),
+    "grpo": ("rl.grpo",),
+    "reward_model": ("reward.model", "reward.train"),
+    "merge": ("reshape.merge", "reshape.upcycle"),
+    "moe": ("reshape.upcycle",),
+    "upcycling": ("reshape.upcycle",),
+    "prune": ("reshape.prune",),
+    "evict": ("cache.generate", "cache.bench"),
+    "kv_cache": ("cache.generate", "cache.bench"),
+    "arena": ("judge.llmbar",),
+    "self_consistency": ("judge.select",),
+    "inference": ("modelwright generate", "cache.generate"),
+    "sample": ("modelwright generate", "cache.generate"),
+    "generate": ("modelwright generate", "cache.generate"),
+    "complete": ("modelwright generate",),
+    "chat": ("modelwright chat",),
+    "talk": ("modelwright chat",),
+    "eval": ("modelwright eval",),
+    "evaluate": ("modelwright eval",),
+    "lm_eval": ("modelwright eval --tasks",),
+    "perplexity": ("modelwright eval",),
+    "upload": ("modelwright push",),
+    "push": ("modelwright push",),
+    "try": ("modelwright try",),
 }
+
+
+GROUP = "modelwright.methods"
+
+
+def _declared() -> bool:
+    """Whether an installed package declares the group at all. Looking is ten times cheaper than importing importlib.metadata."""
+    for folder in dict.fromkeys(sys.path):
+        try:
+            names = [n for n in os.listdir(folder or ".") if n.endswith((".dist-info", ".egg-info"))]
+        except OSError:
+            continue
+        for name in names:
+            try:
+                with open(os.path.join(folder, name, "entry_points.txt"), "rb") as file:
+                    if GROUP.encode() in file.read():
+                        return True
+            except OSError:
+                continue
+    return False
 
 
 @cache
 def _installed() -> tuple[tuple[Entry, ...], tuple[str, ...]]:
     """Our methods and those of installed packages, and a sentence for each package that could not be read."""
-    found, problems = {e.name: e for e in METHODS}, []
-    for point in metadata.entry_points(group="modelwright.methods"):
+    found = {e.name: e for e in METHODS}
+    problems: list[str] = []
+    if not _declared():
+        return tuple(found.values()), ()
+    from importlib import metadata
+
+    for point in metadata.entry_points(group=GROUP):
         try:
-            added = list(point.load())
+            added = _table(point)
             for e in added:
-                if not isinstance(e, Entry) or e.family not in FAMILIES:
+                if not isinstance(e, Entry) or e.family not in FAMILIES or not e.name.split(".", 1)[-1].isidentifier():
                     raise TypeError(f"{e!r} is no method of a family ({', '.join(FAMILIES)})")
                 if e.name in found:
                     raise ValueError(f"{e.name} exists already")
+                if not e.file.is_file():
+                    raise FileNotFoundError(f"{e.name} has no file {e.file}")
         except Exception as error:  # whatever another package does must not take the command line away
-            problems.append(f"the methods of {point.value} are left out: {short(error)}")
+            problems.append(f"the methods of {point.value} are left out: {type(error).__name__}: {short(error)}")
         else:
             found |= {e.name: e for e in added}
     return tuple(found.values()), tuple(problems)
+
+
+def _table(point: typing.Any) -> list[Entry]:
+    """The list that an entry point names: its statement alone is run, so that `list` does not import the package.
+
+    Where the statement needs more than this module's names, the package is imported."""
+    file = _source(point.module)
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    imports = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "modelwright.registry" and not n.level]
+    named = [n for n in tree.body if isinstance(n, ast.Assign) and [getattr(t, "id", "") for t in n.targets] == [point.attr]]
+    space: dict[str, Any] = {}
+    try:
+        exec(compile(ast.Module([*imports, *named], []), str(file), "exec"), space)  # noqa: S102 - an installed package
+        return list(space[point.attr])
+    except (NameError, KeyError):
+        return list(point.load())
+
+
+def _source(module: str) -> Path:
+    """The source file of a module, found without importing it."""
+    package, *rest = module.split(".")
+    spec = find_spec(package)
+    if spec is None:
+        raise UserError(f"{module} has no source", f"the package {package} is not installed", "install it again")
+    if not spec.submodule_search_locations:
+        return Path(spec.origin or "")
+    at = Path(next(iter(spec.submodule_search_locations))).joinpath(*rest)
+    return at / "__init__.py" if at.is_dir() else at.with_suffix(".py")
 
 
 def entries() -> tuple[Entry, ...]:
@@ -173,8 +256,17 @@ def entry(name: str) -> Entry:
     for e in entries():
         if e.name == name:
             return e
-    hint = ALIASES.get(name) or ALIASES.get(name.split(".")[-1])
-    raise UserError(f"unknown step '{name}'", "; ".join(problems()), hint or did_you_mean(name, [e.name for e in entries()]))
+    raise UserError(f"unknown step '{name}'", "; ".join(problems()), hint(name) or did_you_mean(name, [e.name for e in entries()]))
+
+
+def hint(name: str) -> str:
+    """What a word that names no method and no command is called here, or an empty text."""
+    word = name.split(".")[-1].lower().replace("-", "_")
+    known = {e.name: e for e in entries()}
+    found = [n for n in (*ALIASES.get(word, ()), *(f"{f}.{word}" for f in FAMILIES)) if n in known or " " in n]
+    if not found:
+        return f"no method for {word} is here yet" if word in ALIASES else ""
+    return f"{word} is {' or '.join(dict.fromkeys(found))} here"
 
 
 def tuning(name: str) -> Entry:
@@ -224,7 +316,7 @@ def techniques_named(name: str, values: dict[str, Any]) -> list[Any]:
 def _light(path: Path) -> dict[str, Any]:
     # The knobs stand at the head of a file that also imports torch. Running only the head's dataclasses
     # keeps one file per method and lets `check` and `--help` answer in a fraction of a second.
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     keep: list[ast.stmt] = []
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and node.module in ("dataclasses", "typing", "modelwright.core.knobs"):
@@ -232,19 +324,31 @@ def _light(path: Path) -> dict[str, Any]:
         if isinstance(node, ast.ClassDef) and node.name == "Knobs":
             keep.append(node)
     space: dict[str, Any] = {"__name__": f"modelwright.light.{path.stem}", "knob": knob, "dataclass": dataclass, "typing": typing}
-    exec(compile(ast.Module(keep, []), str(path), "exec"), space)  # noqa: S102 - our own source file
+    exec(compile(ast.Module(keep, []), str(path), "exec"), space)  # noqa: S102 - a method's own source file
     space["__doc__"] = ast.get_docstring(tree) or ""
     return space
 
 
+def _head(e: Entry) -> dict[str, Any]:
+    """What stands at the head of a method's file; UserError where it cannot be read so."""
+    try:
+        head = _light(e.file)
+        if not dataclasses.is_dataclass(head.get("Knobs")):
+            raise TypeError("it has no dataclass named Knobs")
+    except UserError:
+        raise
+    except Exception as error:  # a plug-in's file may hold anything
+        why = f"{type(error).__name__}: {short(error)}"
+        how = "its Knobs may use the names of dataclasses, typing and modelwright.core.knobs alone"
+        raise UserError(f"the settings of {e.name} cannot be read from {e.file}", why, how) from None
+    return head
+
+
 def knobs(e: Entry) -> Any:
     """The method's Knobs dataclass, without importing the method."""
-    found = _light(e.file).get("Knobs")
-    if not dataclasses.is_dataclass(found):
-        raise TypeError(f"{e.file} has no dataclass named Knobs")
-    return found
+    return _head(e)["Knobs"]
 
 
 def doc(e: Entry) -> str:
     """The method's docstring, without importing the method."""
-    return str(_light(e.file)["__doc__"])
+    return str(_head(e)["__doc__"])

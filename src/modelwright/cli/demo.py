@@ -190,91 +190,93 @@ def _numbers(arms: dict[str, Any], load: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(base: str, data: str | None, n: dict[str, Any], arms: dict[str, Any], load: dict[str, Any], samples: list[list[str]]) -> Report:
-    c, moe, dense = n["certificate"], n["moe"], n["dense"]
     report = Report("From one dense model to a mixture of experts")
     report.lead = (
         f"{base} was copied into {EXPERTS} experts per layer, {TOP_K} active per token, and tuned on {short(n['tokens'])} tokens of "
         f"{'your text' if data else 'the names of Unicode characters, which it had not seen'}. "
         "The dense model, tuned on the same tokens, is the control."
     )
-    table = {
+    written = {"title": "Samples", "columns": ["", ""], "rows": samples, "prose": True}
+    report.sections += [
+        Section(
+            "What happened",
+            _verdict(n),
+            _tiles(n),
+            [_comparison(n)],
+            [_curve(arms, "new", "New text while tuning"), _curve(arms, "old", "Old text while tuning")],
+        ),
+        _expert_load(load),
+        Section("What they write", "The same beginning, continued greedily.", tables=[written]),
+    ]
+    for entry in arms["moe"].steps:
+        report.step({k: v for k, v in entry.items() if k != "evals"})
+    report.facts = {"base": base, "seed": n["seed"], "tokens": n["tokens"], **versions()}
+    return report
+
+
+def _verdict(n: dict[str, Any]) -> str:
+    moe, dense = n["moe"], n["dense"]
+    gain, lost = dense["new_after"] - moe["new_after"], moe["old_after"] - moe["old_before"]
+    return (
+        f"On the new text the mixture ends {abs(gain):.3f} bits per byte {'below' if gain > 0 else 'above'} the control, at "
+        f"{moe['flops_per_token'] / dense['flops_per_token']:.2f} times its FLOPs per token. "
+        f"On the old text it {'lost' if lost > 0 else 'gained'} {abs(lost):.3f}. One seed, one small budget: a demonstration, not evidence."
+    )
+
+
+def _tiles(n: dict[str, Any]) -> list[tuple[str, str, str]]:
+    c, moe = n["certificate"], n["moe"]
+    gap = f"{c['max_abs_dlogit']:.0e}" if c["max_abs_dlogit"] is not None else "not compared"
+    sizes = f"{short(moe['params_total'])} / {short(moe['params_active'])}"
+    return [
+        (f"{moe['new_before']:.3f} → {moe['new_after']:.3f}", "bits per byte, new text", "mixture, before and after tuning"),
+        (f"{moe['old_before']:.3f} → {moe['old_after']:.3f}", "bits per byte, old text", "what tuning cost"),
+        (gap, "largest logit difference at step 0", "nothing was lost by the copy"),
+        (sizes, "parameters, total / active", f"from {short(c['before']['params_total'])}"),
+    ]
+
+
+def _comparison(n: dict[str, Any]) -> dict[str, Any]:
+    before, moe, dense = n["certificate"]["before"], n["moe"], n["dense"]
+    return {
         "title": "Bits per byte (lower is better)",
         "columns": ["", "new text", "old text", "parameters", "active", "FLOPs per token"],
         "rows": [
-            ["dense base", f"{dense['new_before']:.3f}", f"{dense['old_before']:.3f}", *_sizes(c["before"])],
+            ["dense base", f"{dense['new_before']:.3f}", f"{dense['old_before']:.3f}", *_sizes(before)],
             ["mixture, step 0", f"{moe['new_before']:.3f}", f"{moe['old_before']:.3f}", *_sizes(moe)],
             ["mixture, tuned", f"{moe['new_after']:.3f}", f"{moe['old_after']:.3f}", *_sizes(moe)],
             ["dense, tuned (control)", f"{dense['new_after']:.3f}", f"{dense['old_after']:.3f}", *_sizes(dense)],
         ],
     }
-    gain, lost = dense["new_after"] - moe["new_after"], moe["old_after"] - moe["old_before"]
-    verdict = (
-        f"On the new text the mixture ends {abs(gain):.3f} bits per byte {'below' if gain > 0 else 'above'} the control, at "
-        f"{moe['flops_per_token'] / dense['flops_per_token']:.2f} times its FLOPs per token. "
-        f"On the old text it {'lost' if lost > 0 else 'gained'} {abs(lost):.3f}. One seed, one small budget: a demonstration, not evidence."
-    )
-    report.sections.append(
-        Section(
-            "What happened",
-            verdict,
-            [
-                (f"{moe['new_before']:.3f} → {moe['new_after']:.3f}", "bits per byte, new text", "mixture, before and after tuning"),
-                (f"{moe['old_before']:.3f} → {moe['old_after']:.3f}", "bits per byte, old text", "what tuning cost"),
-                (
-                    f"{c['max_abs_dlogit']:.0e}" if c["max_abs_dlogit"] is not None else "not compared",
-                    "largest logit difference at step 0",
-                    "nothing was lost by the copy",
-                ),
-                (
-                    f"{short(moe['params_total'])} / {short(moe['params_active'])}",
-                    "parameters, total / active",
-                    f"from {short(c['before']['params_total'])}",
-                ),
-            ],
-            [table],
-            [_curve(arms, "new", "New text while tuning"), _curve(arms, "old", "Old text while tuning")],
-        )
-    )
+
+
+def _expert_load(load: dict[str, Any]) -> Section:
     experts = [str(i) for i in range(len(load["share"][0]))]
-    uneven = max(load["max_violation"])
-    report.sections.append(
-        Section(
-            "Who does the work",
-            f"Share of the routed tokens of the new text that each expert gets after tuning; "
-            f"{1 / len(experts):.3f} would be even. The busiest expert of any layer carries {uneven + 1:.2f} times the mean.",
-            plots=[
-                {
-                    "kind": "heat",
-                    "title": "Expert load by layer",
-                    "x": "expert",
-                    "y": "layer",
-                    "columns": experts,
-                    "rows": [str(i) for i in range(len(load["share"]))],
-                    "values": load["share"],
-                },
-                {
-                    "kind": "bars",
-                    "title": "Expert load, mean over layers",
-                    "x": "expert",
-                    "y": "share of routed tokens",
-                    "groups": experts,
-                    "series": {"load": torch.tensor(load["share"]).mean(0).tolist()},
-                    "line": {"at": 1 / len(experts), "name": "even"},
-                },
-            ],
-        )
+    return Section(
+        "Who does the work",
+        f"Share of the routed tokens of the new text that each expert gets after tuning; {1 / len(experts):.3f} would be even. "
+        f"The busiest expert of any layer carries {max(load['max_violation']) + 1:.2f} times the mean.",
+        plots=[
+            {
+                "kind": "heat",
+                "title": "Expert load by layer",
+                "x": "expert",
+                "y": "layer",
+                "columns": experts,
+                "rows": [str(i) for i in range(len(load["share"]))],
+                "values": load["share"],
+            },
+            {
+                "kind": "bars",
+                "title": "Expert load, mean over layers",
+                "x": "expert",
+                "y": "share of routed tokens",
+                "groups": experts,
+                "series": {"load": torch.tensor(load["share"]).mean(0).tolist()},
+                "line": {"at": 1 / len(experts), "name": "even"},
+            },
+        ],
     )
-    report.sections.append(
-        Section(
-            "What they write",
-            "The same beginning, continued greedily.",
-            tables=[{"title": "Samples", "columns": ["", ""], "rows": samples, "prose": True}],
-        )
-    )
-    for entry in arms["moe"].steps:
-        report.step({k: v for k, v in entry.items() if k != "evals"})
-    report.facts = {"base": base, "seed": n["seed"], "tokens": n["tokens"], **versions()}
-    return report
 
 
 def _sizes(s: dict[str, Any]) -> list[str]:

@@ -1,0 +1,202 @@
+"""Test a method as this package tests its own: run it small, load what it saves, look at its certificate, once more in bf16.
+
+For packages that add methods, and for tests/test_matrix.py:
+
+    from modelwright.testing import check_method
+
+    def test_it_trains_and_saves(tmp_path):
+        check_method("tune.my_method", {"train": SHORT}, tmp_path, make="text")
+
+The base is the embedded seedling unless another folder is given. Nothing is downloaded; a run takes a few seconds.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from modelwright import registry
+from modelwright.core.errors import UserError, did_you_mean
+
+SHORT = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100, "warmup": 0.0}  # a training run of four rows
+
+
+def check_method(
+    name: str,
+    knobs: dict[str, Any],
+    folder: Path,
+    *,
+    base: str | Path | None = "seedling",
+    make: str = "",
+    bf16: bool = False,
+    loads_in: str = "",
+    seed: int = 0,
+) -> Any:
+    """Run one method into `folder`/out and check what it left; returns the result. AssertionError says what does not hold.
+
+    `make` names data to make first (see MADE); its settings are added to the knobs. A knob with the value BASE gets the base.
+    With `bf16` the base is converted first, and what is saved must be bf16 again. `loads_in` names the stock class expected.
+    """
+    from modelwright.runner.run import run
+
+    entry = registry.entry(name)
+    if "checkpoint" not in (*entry.takes, *entry.may_take):
+        base = None
+    if bf16 and base:
+        base = in_bf16(base, folder / "base")
+    given = dict(knobs) | (made(make, folder) if make else {})
+    given = {k: str(base) if v == "BASE" else v for k, v in given.items()}
+    result = run(name, base=base, to=folder / "out", seed=seed, **given)
+    assert result.to == folder / "out", f"the result is at {result.to}"
+    left = [p.name for p in folder.glob("out.*")]
+    assert not left, f"working folders were left behind: {left}"
+    assert (result.to / "report.html").stat().st_size > 2000, "the report is empty"
+    if result.certificate:
+        _check_model(result, loads_in, bf16)
+    return result
+
+
+def _check_model(result: Any, loads_in: str, bf16: bool) -> None:
+    """A stock class loads the folder; sizes and types are as the certificate and the base say."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    certificate = result.certificate
+    assert certificate["passed"] in (True, None), f"the certificate failed: {certificate}"
+    model = AutoModelForCausalLM.from_pretrained(result.to)
+    expected = loads_in or certificate["loads_in"]
+    assert type(model).__name__ == certificate["loads_in"] == expected, f"loads in {type(model).__name__}, not in {expected}"
+    count = sum(p.numel() for p in model.parameters())
+    assert count == certificate["params_total"], f"{count} parameters, and the certificate says {certificate['params_total']}"
+    odd = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    assert not odd, f"not finite: {odd[:3]}"
+    if bf16:
+        kinds = {_dtype(result.to, n) for n in _names(result.to)}
+        assert kinds <= {"BF16", "I64", "I32", "BOOL"}, f"a bf16 base was saved as {kinds}"
+
+
+def _names(folder: Path) -> Iterable[str]:
+    from modelwright.core.model.checkpoint import Checkpoint
+
+    return Checkpoint(folder).table
+
+
+def _dtype(folder: Path, name: str) -> str:
+    from modelwright.core.model.checkpoint import Checkpoint
+
+    return str(Checkpoint(folder).table[name]["dtype"])
+
+
+def in_bf16(base: str | Path, folder: Path) -> Path:
+    """The same checkpoint with its weights in bf16, tokenizer and all."""
+    import torch
+
+    from modelwright.core.model.checkpoint import Checkpoint
+
+    source = Checkpoint(base)
+    source.model(torch.bfloat16).save_pretrained(folder)
+    for file in source.folder.iterdir():
+        if file.is_file() and file.suffix != ".safetensors" and not (folder / file.name).exists() and not file.name.endswith("index.json"):
+            shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+# ---- data that is made, never downloaded -----------------------------------------------------------------------------
+def made(kind: str, folder: Path) -> dict[str, Any]:
+    """Write made data of a kind into `folder`; returns the settings that point to it."""
+    if kind not in MADE:
+        raise UserError(f"no made data is called '{kind}'", how=did_you_mean(kind, MADE))
+    folder.mkdir(parents=True, exist_ok=True)
+    return MADE[kind](folder)
+
+
+def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> str:
+    """One object a line; returns the path."""
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return os.fspath(file)
+
+
+def _tokens(folder: Path) -> dict[str, Any]:
+    """Token ids that every vocabulary of 96 or more holds."""
+    return {"data": write_jsonl(folder / "data.jsonl", ({"input_ids": [(7 * i + j) % 90 + 3 for j in range(20)]} for i in range(12)))}
+
+
+def _text(folder: Path) -> dict[str, Any]:
+    return {"data": write_jsonl(folder / "data.jsonl", ({"text": f"One {w}, two {w}s, three {w}s. " * 6} for w in _WORDS))}
+
+
+def _chats(folder: Path) -> dict[str, Any]:
+    rows = (
+        {
+            "messages": [{"role": "user", "content": f"what is {i}"}, {"role": "assistant", "content": f"it is {i + 1}"}],
+            "source": ("good", "bad")[i % 2],
+        }
+        for i in range(24)
+    )
+    return {"data": write_jsonl(folder / "chats.jsonl", rows)}
+
+
+def _fact(folder: Path) -> dict[str, Any]:
+    (folder / "fact.json").write_text(json.dumps({"prompt": "import os is", "new": "red", "true": "blue", "neighbours": ["import re is"]}))
+    return {"fact": str(folder / "fact.json")}
+
+
+def _matrix(folder: Path) -> dict[str, Any]:
+    (folder / "matrix.json").write_text(json.dumps({"tasks": ["a", "b", "c"], "matrix": [[90, 10, 5], [70, 80, 12], [60, 75, 85]]}))
+    return {"matrix": str(folder / "matrix.json")}
+
+
+def _chains(folder: Path) -> dict[str, Any]:
+    """Last-letter questions with eight chains each; the right answer is in the minority in every third."""
+    names = ["Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jon"]
+    rows = []
+    for i, (a, b) in enumerate(zip(names, names[1:] + names[:1], strict=True)):
+        chains = [_spelled(a, b, wrong=j < (5 if i % 3 == 0 else 2)) for j in range(8)]
+        question = f'Take the last letters of the words in "{a} {b}" and concatenate them.'
+        rows.append({"question": question, "answer": a[-1] + b[-1], "chains": chains})
+    return {"chains": write_jsonl(folder / "chains.jsonl", rows), "kind": "letters"}
+
+
+def _spelled(a: str, b: str, wrong: bool) -> str:
+    end = "x" if wrong else b[-1]
+    steps = [f"The last letter of '{a}' is '{a[-1]}'.", f"The last letter of '{b}' is '{end}'.", f"Together '{a[-1]}{end}'."]
+    return "\n".join([*steps, f"The answer is {a[-1]}{end}."])
+
+
+def _pairs(folder: Path) -> dict[str, Any]:
+    """Reward scores that rise with length, whatever the answer is worth."""
+    rows = []
+    for i in range(60):
+        lengths = 100 + (i * 137) % 800, 100 + (i * 211) % 800
+        scores = [round(0.8 * (i % 3 > 0) + lengths[0] / 400, 3), round(lengths[1] / 400, 3)]
+        rows.append(
+            {
+                "id": i,
+                "subset": ("hep-go", "hep-python", "alpacaeval-easy")[i % 3],
+                "scores_chosen": scores[0],
+                "scores_rejected": scores[1],
+            }
+            | {"length_chosen": lengths[0], "length_rejected": lengths[1]}
+        )
+    return {"scores": write_jsonl(folder / "pairs.jsonl", rows)}
+
+
+def _judged(folder: Path) -> dict[str, Any]:
+    """Pairs for a judge: an instruction, two outputs, and which is better."""
+    rows = [{"input": f"Write the word {w}.", "output_1": w, "output_2": f"I like {w}.", "label": 1} for w in _WORDS[:6]]
+    return {"pairs": write_jsonl(folder / "judged.jsonl", rows)}
+
+
+_WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
+MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "text": _text,
+    "tokens": _tokens,
+    "chats": _chats,
+    "fact": _fact,
+    "matrix": _matrix,
+    "chains": _chains,
+    "pairs": _pairs,
+    "judged": _judged,
+}
