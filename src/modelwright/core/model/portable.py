@@ -1,0 +1,71 @@
+"""Saved settings that older engines read as well.
+
+transformers 5 keeps some settings under new names. A reader that knows only the old names finds nothing there, says nothing and
+uses its own default. Found by comparing every text model of transformers 5.23 with 4.57:
+
+- rope_parameters. The old names are rope_theta, rope_scaling and partial_rotary_factor. Mixtral's default theta is 1e6, so a
+  Llama that became a Mixtral had logits that differ by up to 4.3. GPT-NeoX and Gemma 3 have old names of their own.
+- num_experts of Qwen3-MoE, which is now num_local_experts. 4.57 made 128 experts.
+- tokenizer_class TokenizersBackend, which 4.57 does not know, and a list of extra_special_tokens, which it cannot read.
+
+Both spellings are written and mean the same. What transformers 5 reads back is unchanged; tests hold both.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_NOT_SCALING = ("rope_theta", "partial_rotary_factor", "type")
+
+
+def make_portable(folder: Path) -> None:
+    """Rewrite config.json and tokenizer_config.json of a saved checkpoint with both spellings."""
+    for name, both in (("config.json", portable_config), ("tokenizer_config.json", portable_tokenizer)):
+        if (folder / name).is_file():
+            old = json.loads((folder / name).read_text(encoding="utf-8"))
+            if (new := both(old)) != old:
+                (folder / name).write_text(json.dumps(new, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def portable_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a config.json with the old spellings beside the new ones; old spellings that are there are set anew."""
+    kind = config.get("model_type")
+    found = config | _rope(kind, config.get("rope_parameters") or {})
+    if kind == "qwen3_moe" and "num_local_experts" in config:
+        found["num_experts"] = config["num_local_experts"]
+    return found
+
+
+def _rope(kind: str | None, rope: dict[str, Any]) -> dict[str, Any]:
+    more: dict[str, Any] = {}
+    if kind == "gemma3_text" and rope.get("full_attention") and rope.get("sliding_attention"):
+        more["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" not in rope:  # no rotary positions, or one table per kind of layer, which has no old spelling
+        return {}
+    theta, part = rope["rope_theta"], rope.get("partial_rotary_factor")
+    if kind in ("gpt_neox", "gpt_neox_japanese"):
+        more |= {"rotary_emb_base": theta} | ({} if part is None else {"rotary_pct": part})
+    else:
+        more |= {"rope_theta": theta} | ({} if part is None else {"partial_rotary_factor": part})
+    return more | {"rope_scaling": _scaling(kind, rope)}
+
+
+def _scaling(kind: str | None, rope: dict[str, Any]) -> dict[str, Any] | None:
+    if rope.get("rope_type", "default") == "default":
+        return None
+    if kind == "phi3":  # it takes these three settings and no others; the original length stands at the top of the config
+        return {"type": rope["rope_type"], "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+    return {k: v for k, v in rope.items() if k not in _NOT_SCALING}
+
+
+def portable_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
+    """The content of a tokenizer_config.json with names that transformers 4 and 5 both read."""
+    found = dict(config)
+    if found.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(found.get("extra_special_tokens"), list):
+        found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only"):  # how it was read, which is no setting of it
+        found.pop(name, None)
+    return found
