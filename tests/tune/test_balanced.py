@@ -165,3 +165,10 @@ def test_bias_moves_against_the_load_after_each_step(tmp_path) -> None:
     biases = [layer.mlp.gate.e_score_correction_bias for layer in outcome.model.model.layers]
     assert all(b.any() and abs(float(b.mean())) < 1e-6 for b in biases)
     assert _max_violation(outcome.model) < before - 0.1
+
+
+@pytest.mark.parametrize("kind", ["global", "sequence", "z", "cv"])
+def test_a_bf16_mixture_of_any_width_is_balanced(kind: str, tmp_path) -> None:
+    model = model_of("mixtral", dtype="bfloat16", intermediate_size=42).train()
+    outcome = _fit(Balance(Knobs(kind=kind)), tmp_path, model, tokens=16 * 12)
+    assert outcome.steps == 4 and torch.isfinite(outcome.model(_rows().ids.long()).logits).all()

@@ -1,16 +1,25 @@
-"""The head that our mixtures of experts share: logits, and a balance loss that is of each layer by itself."""
+"""What our mixtures of experts share: a head with a balance loss that is of each layer by itself, and the type of their weights."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from modelwright.moe.balance import counts_of, switch
 from modelwright.moe.watch import padding
+
+
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all parameters this type and leave buffers alone, as loading a checkpoint does.
+
+    `model.to(dtype)` would also round the frequencies of rotary embeddings, and in bf16 move logits by more than 0.5.
+    """
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
 
 
 @dataclass

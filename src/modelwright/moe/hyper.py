@@ -26,6 +26,12 @@ from torch import Tensor, nn
 
 from modelwright.core.errors import UserError
 from modelwright.moe.execute import Product
+from modelwright.moe.precision import linear
+
+
+def _through(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer that may be of another type than x."""
+    return linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -71,21 +77,22 @@ class HyperNetwork(nn.Module):
 
     def codes(self, q: Tensor, layer: int) -> Tensor:
         """z (G, b) of set codes q (G, q) in a layer."""
-        return F.relu(self.mix(torch.cat([q, self.layer_embedding[layer].expand(len(q), -1)], 1)))
+        return F.relu(_through(self.mix, torch.cat([q, self.layer_embedding[layer].to(q.dtype).expand(len(q), -1)], 1)))
 
     def adapters(self, z: Tensor) -> Adapters:
         """The generated weights of z (G, b)."""
-        down, up = self.down(z).view(-1, self.d, self.a), self.up(z).view(-1, self.a, self.d)
-        return Adapters(down, self.down_bias(z), up, self.up_bias(z))
+        down, up = _through(self.down, z).view(-1, self.d, self.a), _through(self.up, z).view(-1, self.a, self.d)
+        return Adapters(down, _through(self.down_bias, z), up, _through(self.up_bias, z))
 
     def reordered(self, x: Tensor, z: Tensor) -> Tensor:
         """The same for as many z as tokens, without ever holding a generated matrix; (T, d), (T, b) -> (T, d)."""
+        x = x.to(z.dtype)
         one = torch.cat([z, z.new_ones(len(z), 1)], 1)  # the last entry carries the biases of the generators
-        down = torch.cat([self.down.weight, self.down.bias[:, None]], 1).view(self.d, self.a, -1)
-        up = torch.cat([self.up.weight, self.up.bias[:, None]], 1).view(self.a, self.d, -1)
+        down = torch.cat([self.down.weight, self.down.bias[:, None]], 1).to(z.dtype).view(self.d, self.a, -1)
+        up = torch.cat([self.up.weight, self.up.bias[:, None]], 1).to(z.dtype).view(self.a, self.d, -1)
         h = torch.einsum("tba,tb->ta", (x @ down.transpose(1, 2).reshape(self.d, -1)).view(len(x), -1, self.a), one)
-        h = F.relu(h + self.down_bias(z))
-        return torch.einsum("ta,tb->tab", h, one).reshape(len(x), -1) @ up.transpose(1, 2).reshape(-1, self.d) + self.up_bias(z)
+        h = F.relu(h + _through(self.down_bias, z).to(z.dtype))
+        return torch.einsum("ta,tb->tab", h, one).reshape(len(x), -1) @ up.transpose(1, 2).reshape(-1, self.d) + _through(self.up_bias, z)
 
 
 class SetCode(nn.Module):
@@ -99,7 +106,8 @@ class SetCode(nn.Module):
     def forward(self, chosen: Tensor) -> Tensor:
         """(G, k) chosen experts -> (G, q)."""
         idle = torch.ones(len(chosen), len(self.embedding), dtype=self.embedding.dtype, device=chosen.device).scatter_(1, chosen, 0)
-        return self.process(idle @ self.embedding)
+        first, _, second = self.process
+        return _through(second, F.relu(_through(first, idle @ self.embedding)))
 
 
 def distinct(index: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +127,7 @@ def adapt(x: Tensor, index: Tensor, code: SetCode, hyper: HyperNetwork, layer: i
     sets, of = distinct(index, len(code.embedding))
     z = hyper.codes(code(sets), layer)
     if len(sets) * hyper.d > len(x) * z.shape[1]:  # a generated (d, a) matrix per set, or (b, a) numbers per token
-        return hyper.reordered(x, z.index_select(0, of))
+        return hyper.reordered(x, z.index_select(0, of)).to(x.dtype)
     return hyper.adapters(z)(x, of)
 
 

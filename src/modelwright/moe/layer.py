@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelwright.moe.execute import execute
+from modelwright.moe.precision import linear
 from modelwright.moe.routing import Order, Routing, capacity, expert_choice, place, score, select
 
 
@@ -113,7 +114,7 @@ class Layer(nn.Module):
             routing = replace(routing, past=routing.probs.amax(1) * lost)
         y = execute(flat, routing, self.gate_up, self.down)
         if self.shared_up is not None:
-            gate, up = self.shared_up(flat).chunk(2, -1)
-            part = self.shared_down(F.silu(gate) * up)  # type: ignore[misc]
-            y = y + (part if self.shared_gate is None else part * self.shared_gate(flat).sigmoid())
-        return y.view_as(x), routing
+            gate, up = linear(flat, self.shared_up.weight).chunk(2, -1)
+            part = linear(F.silu(gate) * up, self.shared_down.weight)  # type: ignore[union-attr]
+            y = y + (part if self.shared_gate is None else part * linear(flat, self.shared_gate.weight).sigmoid())
+        return y.to(x.dtype).view_as(x), routing

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelwright.moe.balance import recomputing
+from modelwright.moe.precision import linear
 
 
 class LoraMoeLinear(nn.Linear):
@@ -46,22 +47,25 @@ class LoraMoeLinear(nn.Linear):
 
     def gate(self, x: Tensor) -> Tensor:
         """w (..., N), a softmax in fp32."""
-        return F.linear(x, self.lora_route).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        return linear(x, self.lora_route).softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.gate(x)
         if self.sink is not None and self.training and not recomputing():
             self.sink.append(w)
-        h = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A).unflatten(-1, (self.experts, self.r))
+        h = linear(F.dropout(x, self.dropout, self.training), self.lora_A).unflatten(-1, (self.experts, self.r))
         h = (h * (w * self.scale).to(h.dtype)[..., None]).flatten(-2)
-        return super().forward(x) + F.linear(h, self.lora_B)
+        base = linear(x, self.weight, self.bias)
+        return base + linear(h, self.lora_B).to(base.dtype)
 
 
 @torch.no_grad()
 def merged(layer: LoraMoeLinear, gate: Tensor | None = None) -> Tensor:
     """The weight of a plain linear layer with the gate fixed at `gate` (N,), or dropped: the same share for each expert."""
-    gate = layer.weight.new_full((layer.experts,), 1 / layer.experts) if gate is None else gate
-    return layer.weight + layer.lora_B * (gate.repeat_interleave(layer.r) * layer.scale) @ layer.lora_A
+    wide = torch.promote_types(layer.weight.dtype, torch.float32)  # rounded once, at the end
+    gate = layer.weight.new_full((layer.experts,), 1 / layer.experts, dtype=wide) if gate is None else gate.to(wide)
+    delta = (layer.lora_B.to(wide) * (gate.repeat_interleave(layer.r) * layer.scale)) @ layer.lora_A.to(wide)
+    return (layer.weight.to(wide) + delta).to(layer.weight.dtype)
 
 
 def wrap(model: nn.Module, names: list[str], *, experts: int, r: int, alpha: float, dropout: float = 0.0) -> list[LoraMoeLinear]:

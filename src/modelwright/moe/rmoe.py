@@ -19,9 +19,9 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modelwright.moe.precision import linear
 from modelwright.moe.routing import select
 
 Passing = Literal["full", "detach", "none"]
@@ -41,6 +41,7 @@ class RouterCell(nn.Module):
         return self.p * (2 if self.kind == "lstm" else 1)
 
     def forward(self, u: Tensor, state: Tensor) -> Tensor:
+        u, state = u.to(self.core.weight_ih.dtype), state.to(self.core.weight_ih.dtype)
         if self.kind == "lstm":
             return torch.cat(self.core(u, (state[:, : self.p], state[:, self.p :])), 1)
         return self.core(u, state)
@@ -64,8 +65,9 @@ class RecurrentRouter(nn.Module):
         """Logits (T, E), weights and index (T, k), and the state for the next layer."""
         h, before = state[:, : cell.state], state[:, cell.state :]
         h = torch.zeros_like(h) if self.passing == "none" else h.detach() if self.passing == "detach" else h
-        h = cell(self.project(x), h)
-        logits = F.linear(h[:, : cell.p], self.weight).float()
+        with torch.autocast(x.device.type, enabled=False):  # routers choose in the type of their own weights
+            h = cell(linear(x, self.project.weight), h)
+            logits = linear(h[:, : cell.p], self.weight).float()
         probs = logits.softmax(-1)
         scores = probs + self.residual * before.float() if self.residual else probs
         index, weights = select(scores, self.k, renormalise=self.k > 1)

@@ -30,6 +30,7 @@ class Knobs:
 
 def hyper_moe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
     """The model in memory, and what it promises: 'same function' with init zero."""
+    from modelwright.models.causal import cast_weights
     from modelwright.models.hyper_moe import HyperMoEConfig, HyperMoEForCausalLM
 
     if source.config["model_type"] != "mixtral":
@@ -43,7 +44,8 @@ def hyper_moe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, s
     settings |= {"hyper_process": knobs.hidden, "hyper_code": knobs.q, "hyper_layer_embedding": knobs.c, "norm_topk_prob": True}
     old = source.model()
     torch.manual_seed(seed)
-    model: Any = HyperMoEForCausalLM(HyperMoEConfig(**settings, architectures=["HyperMoEForCausalLM"])).to(old.dtype)
+    model: Any = HyperMoEForCausalLM(HyperMoEConfig(**settings, architectures=["HyperMoEForCausalLM"]))
+    cast_weights(model, old.dtype)
     missing, unknown = model.load_state_dict(old.state_dict(), strict=False)
     if unknown or [n for n in missing if ".code." not in n and ".hyper." not in n]:
         raise RuntimeError(f"weights without a place: {unknown}; without a value: {missing}")

@@ -35,6 +35,7 @@ class Knobs:
 
 def rmoe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
     """The model in memory, and what it promises: 'same function' from a dense model, else 'changed function'."""
+    from modelwright.models.causal import cast_weights
     from modelwright.models.rmoe import RMoEConfig, RMoEForCausalLM
 
     anatomy = Anatomy(source.skeleton)
@@ -62,7 +63,8 @@ def rmoe(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
     config = RMoEConfig(**settings, architectures=["RMoEForCausalLM"])
     old = source.model()
     torch.manual_seed(seed)
-    model: Any = RMoEForCausalLM(config).to(old.dtype)
+    model: Any = RMoEForCausalLM(config)
+    cast_weights(model, old.dtype)
     weights = {n: p for n, p in old.state_dict().items() if ".mlp." not in n or ".experts." in n}
     for b in [] if sparse else anatomy.blocks:
         ffn = anatomy.ffn(b)

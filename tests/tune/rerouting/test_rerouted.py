@@ -204,3 +204,10 @@ def test_a_dense_model_is_refused() -> None:
     model = model_of("llama")
     with pytest.raises(UserError, match="no experts"):
         gw_moe.GwMoe(gw_moe.Knobs()).select(model, Anatomy(model), 0)
+
+
+def test_a_bf16_mixture_of_any_width_is_rerouted(tmp_path) -> None:
+    for t in (gw_moe.GwMoe(gw_moe.Knobs(threshold=0.5, unit="share")), rectify.Rectify(rectify.Knobs(factor=0.5))):
+        model = model_of("mixtral", dtype="bfloat16", intermediate_size=42).train()
+        fit(model, _rows(), _TRAIN, techniques=[t], evals={"e": _rows()}, folder=tmp_path / t.name, seed=0)
+        assert t.tokens and torch.isfinite(t.export(model, tmp_path)(_rows().ids.long()).logits).all()
