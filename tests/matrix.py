@@ -144,4 +144,14 @@ ROWS: dict[str, Row] = {
         families=(*DENSE, "gpt2", "phi3", "gemma2", "mixtral"),
         data=True,
     ),
+    "inspect.experts": Row(
+        {"tokens": 48, "context": 24, "pairs": 3},
+        (
+            "tests/inspect/test_inspect_experts.py",
+            "tests/inspect/mixture/test_expert_weights.py",
+            "tests/inspect/mixture/test_expert_outputs.py",
+        ),
+        families=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"),
+        data=True,
+    ),
 }
