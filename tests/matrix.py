@@ -144,4 +144,25 @@ ROWS: dict[str, Row] = {
         families=(*DENSE, "gpt2", "phi3", "gemma2", "mixtral"),
         data=True,
     ),
+    "inspect.experts": Row(
+        {"tokens": 48, "context": 24, "pairs": 3},
+        (
+            "tests/inspect/test_inspect_experts.py",
+            "tests/inspect/mixture/test_expert_weights.py",
+            "tests/inspect/mixture/test_expert_outputs.py",
+        ),
+        families=("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"),
+        data=True,
+    ),
+    "inspect.modularity": Row(
+        {"examples": str(Path(__file__).parent / "inspect" / "functions" / "examples.jsonl")}
+        | {"experts": 4, "top": 0.1, "partitions": 5, "disturb": [0.1], "draws": 1},
+        (
+            "tests/inspect/test_modularity.py",
+            "tests/inspect/functions/test_precision.py",
+            "tests/inspect/functions/test_groups.py",
+            "tests/moe/test_partition.py",
+        ),
+        families=(*DENSE, "gpt2", "opt", "phi3", "bert", "t5", "mixtral", "granitemoe"),
+    ),
 }

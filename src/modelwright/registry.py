@@ -79,6 +79,7 @@ CURATES = Shape(gives=("dataset",), loads_in="datasets")
 SCORES = Shape(gives=("scores",), loads_in="any reader of jsonl; reward functions and models through modelwright.reward.table.wrapper")
 MEASURES = Shape()  # from recorded results alone
 JUDGES = Shape(may_take=("checkpoint",))
+INSPECTS = Shape(may_take=("checkpoint", "dataset"))  # a checkpoint, or recorded results
 PROBES = Shape(takes=("checkpoint",), may_take=("dataset",))
 SERVES = Shape(takes=("checkpoint",))
 # fmt: off
@@ -108,6 +109,8 @@ METHODS = [
     method("judge.continual", "accuracy matrices of task sequences: AA, BWT, FWT, learning accuracy; or train a sequence and fill one", "GEM 1706.08840, TRACE 2310.06762", JUDGES),
     method("judge.llmbar", "how well a judge follows instructions: fifteen ways to ask, both orders; recorded runs recomputed", "2310.07641", JUDGES),
     method("judge.select", "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves", "2203.11171, 2210.00720, 2401.10480, 2305.11860", MEASURES),
+    method("inspect.experts", "do the experts of a mixture differ: weights, outputs, router; copies and dead experts with advice", "2406.18219", INSPECTS),
+    method("inspect.modularity", "which neurons and experts carry a function: predictivity, functional experts, perturbation, stabilisation", "2305.18390", INSPECTS),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on

@@ -1,0 +1,1 @@
+"""What inspect.experts is made of: reading the experts of any mixture, comparing weights, comparing outputs, advice."""
