@@ -29,6 +29,11 @@ ROWS: dict[str, Row] = {
         families=("",),
         data=True,
     ),
+    "reshape.grow": Row(
+        {"operator": "net2net", "depth": 2, "hidden": 64},
+        ("tests/reshape/test_grow.py", "tests/reshape/growth/test_depth.py", "tests/reshape/growth/test_width.py"),
+        families=(*DENSE, "gpt2", "phi3", "granite"),
+    ),
     "reshape.upcycle": Row(
         {"experts": 4, "top_k": 2},
         ("tests/reshape/test_upcycle.py", "tests/reshape/experts/test_stock.py", "tests/reshape/experts/test_routers.py"),
