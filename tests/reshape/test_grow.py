@@ -20,8 +20,8 @@ from modelwright.core.model.writer import write_tensors
 from modelwright.reshape.grow import Knobs, grow
 
 Tiny = Callable[..., Path]
-WIDE = ["llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "gpt2"]
-DEEP = [*WIDE, "gpt_neox", "opt", "gemma2", "gemma3", "mixtral", "qwen2_moe"]
+WIDE = ["llama", "qwen2", "qwen3", "phi3", "gpt2"]
+DEEP = ["llama", "qwen3", "gpt2", "gpt_neox", "opt", "gemma2", "mixtral"]
 IDS = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
