@@ -109,6 +109,9 @@ ROWS: dict[str, Row] = {
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),
     "tune.lora": Row({"train": _TRAIN, "r": 2}, ("tests/tune/test_tune.py",), families=(*DENSE, "gpt2", "phi3"), data=True),
+    "inspect.scaling_law": Row(
+        {"losses": str(Path(__file__).parent / "inspect" / "tiny_losses.json")}, ("tests/inspect/test_scaling_law.py",), families=("",)
+    ),
     "reward.calibrate": Row(
         {"scores": _PAIRS, "frac": 0.5},
         ("tests/reward/test_calibrate.py", "tests/reward/table/test_scores.py", "tests/reward/table/test_wrapper.py"),

@@ -109,6 +109,7 @@ METHODS = [
     method("reward.bench", "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated", "2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475", MEASURES),
     method("cache.generate", "continue a long prompt with most of its keys and values evicted: NACL and seven known ways", "2408.03675", SERVES),
     method("cache.bench", "what a checkpoint loses under each way to evict, on your text and on made tasks", "2408.03675", PROBES),
+    method("inspect.scaling_law", "a / N^b + c for each domain, and the reference losses that it predicts", "2310.06694", MEASURES),
     method("judge.continual", "accuracy matrices of task sequences: AA, BWT, FWT, learning accuracy; or train a sequence and fill one", "GEM 1706.08840, TRACE 2310.06762", JUDGES),
     method("judge.llmbar", "how well a judge follows instructions: fifteen ways to ask, both orders; recorded runs recomputed", "2310.07641", JUDGES),
     method("judge.select", "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves", "2203.11171, 2210.00720, 2401.10480, 2305.11860", MEASURES),
