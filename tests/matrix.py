@@ -24,8 +24,8 @@ _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
     "reshape.fresh": Row(
-        {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64},
-        ("tests/reshape/test_fresh.py",),
+        {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64, "norm": "mix"},
+        ("tests/reshape/test_fresh.py", "tests/models/test_mix_ln.py"),
         families=("",),
         data=True,
     ),
@@ -112,6 +112,7 @@ ROWS: dict[str, Row] = {
     "inspect.scaling_law": Row(
         {"losses": str(Path(__file__).parent / "inspect" / "tiny_losses.json")}, ("tests/inspect/test_scaling_law.py",), families=("",)
     ),
+    "inspect.depth": Row({"context": 16}, ("tests/inspect/test_depth.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral")),
     "reward.calibrate": Row(
         {"scores": _PAIRS, "frac": 0.5},
         ("tests/reward/test_calibrate.py", "tests/reward/table/test_scores.py", "tests/reward/table/test_wrapper.py"),
