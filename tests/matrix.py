@@ -39,6 +39,9 @@ ROWS: dict[str, Row] = {
         ("tests/reshape/test_growth_plan.py",),
         families=(),  # waits for the runner: a method of this family that gives no checkpoint
     ),
+    "reshape.gqa": Row(
+        {"kv_heads": 1}, ("tests/reshape/test_gqa.py", "tests/reshape/growth/test_align.py"), families=(*DENSE, "granite", "mixtral", "gemma2")
+    ),
     "reshape.upcycle": Row(
         {"experts": 4, "top_k": 2},
         ("tests/reshape/test_upcycle.py", "tests/reshape/experts/test_stock.py", "tests/reshape/experts/test_routers.py"),
