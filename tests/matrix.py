@@ -24,10 +24,23 @@ _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
     "reshape.fresh": Row(
-        {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64},
-        ("tests/reshape/test_fresh.py",),
+        {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64, "norm": "mix"},
+        ("tests/reshape/test_fresh.py", "tests/models/test_mix_ln.py"),
         families=("",),
         data=True,
+    ),
+    "reshape.grow": Row(
+        {"operator": "net2net", "depth": 2, "hidden": 64},
+        ("tests/reshape/test_grow.py", "tests/reshape/growth/test_depth.py", "tests/reshape/growth/test_width.py"),
+        families=(*DENSE, "gpt2", "phi3", "granite"),
+    ),
+    "reshape.growth_plan": Row(
+        {"params": 7e9, "tokens": 2e12},
+        ("tests/reshape/test_growth_plan.py",),
+        families=(),  # waits for the runner: a method of this family that gives no checkpoint
+    ),
+    "reshape.gqa": Row(
+        {"kv_heads": 1}, ("tests/reshape/test_gqa.py", "tests/reshape/growth/test_align.py"), families=(*DENSE, "granite", "mixtral", "gemma2")
     ),
     "reshape.upcycle": Row(
         {"experts": 4, "top_k": 2},
@@ -99,6 +112,10 @@ ROWS: dict[str, Row] = {
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),
     "tune.lora": Row({"train": _TRAIN, "r": 2}, ("tests/tune/test_tune.py",), families=(*DENSE, "gpt2", "phi3"), data=True),
+    "inspect.scaling_law": Row(
+        {"losses": str(Path(__file__).parent / "inspect" / "tiny_losses.json")}, ("tests/inspect/test_scaling_law.py",), families=("",)
+    ),
+    "inspect.depth": Row({"context": 16}, ("tests/inspect/test_depth.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral")),
     "reward.calibrate": Row(
         {"scores": _PAIRS, "frac": 0.5},
         ("tests/reward/test_calibrate.py", "tests/reward/table/test_scores.py", "tests/reward/table/test_wrapper.py"),

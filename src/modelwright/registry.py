@@ -85,8 +85,11 @@ SERVES = Shape(takes=("checkpoint",))
 # fmt: off
 METHODS = [
     method("curate.stdlib", "text that every Python installation carries, as a dataset", "ours", CURATES),
-    method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", CREATES),
+    method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs; norms pre, post, Mix-LN or OLMo 2", "ours, 2412.13795", CREATES),
     method("reshape.upcycle", "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX", "2212.05055, 2502.19261, 2403.07816", RESHAPES),
+    method("reshape.grow", "more blocks, wider blocks or both from the weights that are there: stack, interpolate, zero, Net2Net; SOLAR, LLaMA-Pro", "2405.15319, 1511.05641, 2310.07999, 2312.15166, 2401.02415", RESHAPES),
+    method("reshape.growth_plan", "when to grow: tokens of the small model by G_stack's law, both halves in FLOPs", "2405.15319", MEASURES),
+    method("reshape.gqa", "fewer key and value heads without training: mean, first, or turned towards each other and then averaged", "2305.13245, 2412.20677", RESHAPES),
     method("reshape.half_reset", "give a tuned model half of its pre-trained matrices back", "2404.18466", RESHAPES),
     method("reshape.edit", "teach one fact by moving the keys or the values of one layer's memories", "2402.12233", RESHAPES),
     method("reshape.rmoe", "experts whose routers are recurrent over depth, from a dense model or from Mixtral", "2408.06793", RESHAPES, loads_in=OURS),
@@ -106,6 +109,8 @@ METHODS = [
     method("reward.bench", "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated", "2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475", MEASURES),
     method("cache.generate", "continue a long prompt with most of its keys and values evicted: NACL and seven known ways", "2408.03675", SERVES),
     method("cache.bench", "what a checkpoint loses under each way to evict, on your text and on made tasks", "2408.03675", PROBES),
+    method("inspect.depth", "what each block does: gradient norm, angular distances, the loss without it", "2412.13795, 2403.17887", PROBES),
+    method("inspect.scaling_law", "a / N^b + c for each domain, and the reference losses that it predicts", "2310.06694", MEASURES),
     method("judge.continual", "accuracy matrices of task sequences: AA, BWT, FWT, learning accuracy; or train a sequence and fill one", "GEM 1706.08840, TRACE 2310.06762", JUDGES),
     method("judge.llmbar", "how well a judge follows instructions: fifteen ways to ask, both orders; recorded runs recomputed", "2310.07641", JUDGES),
     method("judge.select", "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves", "2203.11171, 2210.00720, 2401.10480, 2305.11860", MEASURES),

@@ -152,6 +152,22 @@ def test_stock_class_loads_an_untrained_model_that_knows_nothing(reloaded: tuple
     assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
+@pytest.mark.parametrize(
+    ("knobs", "kind", "places"),
+    [
+        ({}, "LlamaForCausalLM", None),
+        ({"norm": "mix", "alpha": 0.0}, "LlamaForCausalLM", None),
+        ({"norm": "mix"}, "MixLNForCausalLM", ["post", "pre", "pre", "pre"]),
+        ({"norm": "post"}, "MixLNForCausalLM", ["post"] * 4),
+        ({"norm": "output"}, "MixLNForCausalLM", ["output"] * 4),
+    ],
+)
+def test_norms_stand_where_they_are_asked_to(knobs: dict, kind: str, places: list[str] | None, data: str) -> None:
+    made, plain = make(data, layers=4, **knobs).model, make(data, layers=4).model
+    assert type(made).__name__ == kind and getattr(made.config, "norm_placement", None) == places
+    assert all(torch.equal(p, q) for p, q in zip(made.parameters(), plain.parameters(), strict=True)), "the same draws"
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("knobs", "reason"),
@@ -162,6 +178,9 @@ def test_stock_class_loads_an_untrained_model_that_knows_nothing(reloaded: tuple
         ({"hidden": 12}, "head"),
         ({"vocab": 256}, "vocab=256"),
         ({"layers": 0}, "layers=0"),
+        ({"norm": "mix", "alpha": 1.5}, "alpha=1.5"),
+        ({"norm": "mix", "alpha": -0.1}, "alpha=-0.1"),
+        ({"norm": "sandwich"}, "norm='sandwich'"),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )

@@ -1,1 +1,1 @@
-"""What is inside a model: whether its experts differ, and which neurons and experts carry which function."""
+"""What is inside: experts, modules, depth, laws."""

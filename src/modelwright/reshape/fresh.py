@@ -2,10 +2,12 @@
 
 The tokenizer is a byte-level BPE trained on the data (nothing is ever unknown to it; one special token ends a text).
 Weights are transformers' own initialisation. Ours; no paper.
+`norm` places the norms: pre is Llama; mix is Mix-LN (2412.13795): post in the first `alpha` of the blocks and pre in the others, against
+deep blocks that hardly learn; post and output (OLMo 2) for comparison. All but pre (and mix with alpha 0) are saved as "mix_ln".
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,11 +30,15 @@ class Knobs:
     ffn: int = knob(344, "neurons of the feed-forward part", low=8)
     context: int = knob(512, "positions", low=8)
     tied: bool = knob(True, "one matrix for embeddings and output")
+    norm: Literal["pre", "post", "mix", "output"] = knob("pre", "place of the norms")
+    alpha: float = knob(0.25, "mix: share of the blocks, from the first, that are post", low=0, high=1)
 
 
 def fresh(source: None, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
     """The model and tokenizer, built in memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from modelwright.models.mix_ln import MixLNConfig, MixLNForCausalLM, placements
 
     if knobs.hidden % (2 * knobs.heads) or knobs.heads % knobs.kv_heads:
         raise UserError(
@@ -46,21 +52,24 @@ def fresh(source: None, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
             f"{knobs.data.path} holds no plain text", "a tokenizer is learnt from text", "give text, or a table with a column of text"
         )
     tokenizer = train_tokenizer(documents, knobs.vocab, knobs.context)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=knobs.hidden,
-        intermediate_size=knobs.ffn,
-        num_hidden_layers=knobs.layers,
-        num_attention_heads=knobs.heads,
-        num_key_value_heads=knobs.kv_heads,
-        max_position_embeddings=knobs.context,
-        tie_word_embeddings=knobs.tied,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    places = placements(knobs.layers, knobs.norm, knobs.alpha)
+    values = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": knobs.hidden,
+        "intermediate_size": knobs.ffn,
+        "num_hidden_layers": knobs.layers,
+        "num_attention_heads": knobs.heads,
+        "num_key_value_heads": knobs.kv_heads,
+        "max_position_embeddings": knobs.context,
+        "tie_word_embeddings": knobs.tied,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(seed)
-    return Built(LlamaForCausalLM(config), tokenizer), "changed function"
+    if set(places) == {"pre"}:
+        return Built(LlamaForCausalLM(LlamaConfig(**values)), tokenizer), "changed function"
+    return Built(MixLNForCausalLM(MixLNConfig(norm_placement=places, **values)), tokenizer), "changed function"
 
 
 def train_tokenizer(documents: list[str], vocab: int, context: int) -> Any:
