@@ -20,6 +20,7 @@ class Row:
 
 _TRAIN = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100, "warmup": 0.0}
 _PAIRS = str(Path(__file__).parent / "reward" / "pairs.jsonl")
+_DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value": "value", "temperature": "temperature"}
 _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
@@ -143,5 +144,15 @@ ROWS: dict[str, Row] = {
         ("tests/cache/engine/test_suite.py", "tests/cache/test_bench.py"),
         families=(*DENSE, "gpt2", "phi3", "gemma2", "mixtral"),
         data=True,
+    ),
+    "modalities.backcast": Row(
+        _DAYS | {"learner": "Ridge", "hide": [2021]},
+        ("tests/modalities/test_backcast.py", "tests/modalities/series/test_daily.py", "tests/modalities/series/test_totals.py"),
+        families=("",),
+    ),
+    "modalities.critical_temperature": Row(
+        _DAYS | {"draws": 100},
+        ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
+        families=("",),
     ),
 }
