@@ -17,7 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelwright
 from common import SHARED, Cache, save, spread
-from modelwright.core.data.rows import Rows, tokenize
+from modelwright.core.data.make import tokenize
+from modelwright.core.data.rows import Rows
 from modelwright.core.knobs import Train
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint, silence_transformers

@@ -20,6 +20,7 @@ class Row:
 
 _TRAIN = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100, "warmup": 0.0}
 _PAIRS = str(Path(__file__).parent / "reward" / "pairs.jsonl")
+_DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value": "value", "temperature": "temperature"}
 _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
@@ -181,5 +182,15 @@ ROWS: dict[str, Row] = {
             "tests/moe/test_partition.py",
         ),
         families=(*DENSE, "gpt2", "opt", "phi3", "bert", "t5", "mixtral", "granitemoe"),
+    ),
+    "modalities.backcast": Row(
+        _DAYS | {"learner": "Ridge", "hide": [2021]},
+        ("tests/modalities/test_backcast.py", "tests/modalities/series/test_daily.py", "tests/modalities/series/test_totals.py"),
+        families=("",),
+    ),
+    "modalities.critical_temperature": Row(
+        _DAYS | {"draws": 100},
+        ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
+        families=("",),
     ),
 }

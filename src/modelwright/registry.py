@@ -116,6 +116,8 @@ METHODS = [
     method("judge.select", "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves", "2203.11171, 2210.00720, 2401.10480, 2305.11860", MEASURES),
     method("inspect.experts", "do the experts of a mixture differ: weights, outputs, router; copies and dead experts with advice", "2406.18219", INSPECTS),
     method("inspect.modularity", "which neurons and experts carry a function: predictivity, functional experts, perturbation, stabilisation", "2305.18390", INSPECTS),
+    method("modalities.backcast", "daily values of years of which only monthly or yearly totals are known, from temperature and calendar", "2407.20057", MEASURES),
+    method("modalities.critical_temperature", "the temperature at which a daily series turns from falling to rising, with its interval", "2407.20057", MEASURES),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on

@@ -27,7 +27,8 @@ from typing import Any, Literal
 import torch
 
 from modelwright.core.data.read import read
-from modelwright.core.data.rows import Rows, tokenize
+from modelwright.core.data.make import tokenize
+from modelwright.core.data.rows import Rows
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Data, knob

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.data.read import read
-from modelwright.core.data.rows import tokenize
+from modelwright.core.data.make import tokenize
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, knob
 from modelwright.core.model.anatomy import Anatomy, Block

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.errors import UserError
-from modelwright.core.model.lineage import disk_errors
+from modelwright.core.files import disk_errors
 from modelwright.judge.ask.protocol import Answer, Judge, Prompt
 
 

@@ -1,0 +1,1 @@
+"""Tables, series, pixels, music: other data on the same decoder, loop and curves."""
