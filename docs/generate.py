@@ -5,6 +5,7 @@
 
 import ast
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -135,7 +136,7 @@ def written(words: list[str], width: int = 100) -> str:
 def method_page(e: registry.Entry) -> str:
     parts = docstring(registry.doc(e))
     out = [f"# `{e.name}`", "", *parts["intro"], *_facts(e), *_verdict_lines(e.name)]
-    out += _section("What for", parts["what for"]) + _section("The method", parts["method"])
+    out += _section("What for", _said(parts["what for"])) + _section("The method", parts["method"])
     for module, text in _referred(e):
         out += _section(f"More: `{module}`", [line for lines in docstring(text).values() for line in lines])
     out += _how_to_run(e)
@@ -158,6 +159,12 @@ def _verdict_lines(name: str) -> list[str]:
     if not claims:
         return ["**No claim is measured** for this method; what holds exactly is tested, see Proofs below.", ""]
     return ["## Verdict", "", *(f"- **{c['verdict'].capitalize()}**: {c['claim']}. *{c['found']}.*" for c in claims), ""]
+
+
+def _said(lines: list[str]) -> list[str]:
+    """The lines of a section without the marker that opened it, which its title repeats."""
+    first = re.sub(r"^(What for|When to use it): (\w)", lambda m: m[2].upper(), lines[0]) if lines else ""
+    return [first, *lines[1:]] if lines else []
 
 
 def _section(title: str, lines: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from docs_blocks import GUIDES, Block, blocks
 from modelwright.cli import app
 from modelwright.core.errors import UserError
 from modelwright.runner import recipe as recipes
+from modelwright.runner import run as runs
 
 ALL = sorted(GUIDES.glob("*.md"))
 ROOT = GUIDES.parents[1]
@@ -42,17 +43,29 @@ def _call(words: list[str]) -> None:
     assert not end.value.code, words
 
 
+class Understood(Exception):
+    """Stands for the run of a recipe that was understood."""
+
+
 def _parses(words: list[str], monkeypatch: pytest.MonkeyPatch, given: Path) -> None:
     """A command is understood: its method, its flags and their values. Files that it names need not be there."""
     if words[:2] == ["modelwright", "new"]:
         assert len(words) == 4
         return
-    seen: list[Any] = []
-    monkeypatch.setattr(app, "_run", lambda recipe, *more, **named: seen.append(recipe))
-    monkeypatch.setattr(app.recipes, "read", lambda path, sets=(): seen.append(path) or recipes.parse(yaml.safe_load(given.read_text())))
-    _call([w for w in words if w != "--deep"])  # which would load the base
-    monkeypatch.undo()
-    assert seen or words[1] in ("list", "show", "--version"), words
+
+    def understood(*recipe: Any, **more: Any) -> None:
+        raise Understood
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "run_recipe", understood)
+        patched.setattr(recipes, "check", lambda recipe: [])
+        patched.setattr(recipes, "read", lambda path, sets=(): recipes.parse(yaml.safe_load(given.read_text())))
+        if words[1] in ("list", "show", "check", "--version"):
+            _call([w for w in words if w != "--deep"])  # which would load the base
+            return
+        with pytest.raises((Understood, SystemExit)) as end:
+            app.main(words[1:])
+    assert end.type is Understood, words
 
 
 @pytest.fixture
@@ -87,8 +100,8 @@ def _runs(guide: Path) -> bool:
 @pytest.mark.parametrize("guide", filter(_runs, ALL), ids=_ids)
 def test_marked_blocks_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    real = app._run
-    monkeypatch.setattr(app, "_run", lambda recipe, *more, **named: real(_small(recipe), *more, **named))
+    real = runs.run_recipe
+    monkeypatch.setattr(runs, "run_recipe", lambda recipe, *more, **named: real(_small(recipe), *more, **named))
     for block in blocks(guide):
         _do(block)
 

@@ -11,6 +11,8 @@ import pytest
 
 from modelwright import registry
 from modelwright.cli import app
+from modelwright.runner import recipe as recipes
+from modelwright.runner import run as runs
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,10 +113,16 @@ def test_what_did_not_hold_stands_first(pages: dict[Path, str]) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_the_command_of_a_page_is_understood(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(app, "_run", lambda recipe, *more, **named: seen.append(recipe))
+
+    def understood(recipe: Any, *more: Any, **named: Any) -> None:
+        seen.append(recipe)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "run_recipe", understood)
+    monkeypatch.setattr(recipes, "check", lambda recipe: [])
     with pytest.raises(SystemExit) as end:
         app.main(generate.command(registry.entry(name))[1:])
-    assert not end.value.code and [s.entry.name for s in seen[0].steps] == [name]
+    assert end.value.code == 130 and [s.entry.name for s in seen[0].steps] == [name]
 
 
 def test_the_command_says_what_the_recipe_says() -> None:
