@@ -116,7 +116,7 @@ def _text(value: Any) -> str:
     return value.strip() if isinstance(value, str) else json.dumps(value) if isinstance(value, (dict, list)) else str(value)
 
 
-def written(words: list[str], width: int = 100) -> str:
+def written(words: list[str], width: int = 90) -> str:
     """A command for a shell, broken before flags where it is long."""
     lines = [" ".join(map(shlex.quote, words[:3]))]
     rest, i = [], 3
