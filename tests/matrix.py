@@ -41,7 +41,9 @@ ROWS: dict[str, Row] = {
         families=(),  # waits for the runner: a method of this family that gives no checkpoint
     ),
     "reshape.gqa": Row(
-        {"kv_heads": 1}, ("tests/reshape/test_gqa.py", "tests/reshape/growth/test_align.py"), families=(*DENSE, "granite", "mixtral", "gemma2")
+        {"kv_heads": 1},
+        ("tests/reshape/test_gqa.py", "tests/reshape/growth/test_align.py"),
+        families=(*DENSE, "granite", "mixtral", "gemma2"),
     ),
     "reshape.upcycle": Row(
         {"experts": 4, "top_k": 2},

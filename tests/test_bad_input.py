@@ -356,7 +356,7 @@ DATA: dict[str, tuple[str, tuple[Any, ...], list[str]]] = {
     "an empty text": ("x.txt", ("",), ["x.txt"]),
     "a header without rows": ("x.csv", ("text\n",), ["x.csv"]),
     "two columns": ("x.csv", ("a,b\n1,2\n",), ["several columns", "a, b"]),
-    "numbers": ("x.csv", ("text\n1\n2\n",), ["column 'text'", "int values"]),
+    "numbers": ("x.csv", ("text\n1\n2\n",), ["column 'text'", "holds numbers"]),
     "half a row": ("x.jsonl", ('{"text": ',), ["x.jsonl does not parse"]),
     "an object for a list": ("x.json", ('{"text": "hello"}',), ["x.json"]),
     "a number for a list": ("x.json", ("3",), ["x.json"]),
@@ -380,7 +380,8 @@ def test_column_that_is_not_there_is_one_sentence(stories: Path, data: Callable[
 
 @pytest.mark.parametrize("rows", [[{"messages": [{"role": "user", "content": "hello"}]}], [{"messages": [{"role": "user"}]}]])
 def test_chats_without_a_template_are_one_sentence(stories: Path, data: Callable[..., Path], refuse: Refuse, rows: list[Any]) -> None:
-    refuse(*tune(stories, data("x.jsonl", *rows)), words=["chat template"])
+    word = "chat template" if "content" in rows[0]["messages"][0] else "content"
+    refuse(*tune(stories, data("x.jsonl", *rows)), words=[word])
 
 
 def test_missing_data_file_is_one_sentence(tiny: Tiny, tmp_path: Path, refuse: Refuse) -> None:
@@ -391,7 +392,7 @@ def test_missing_data_file_is_one_sentence(tiny: Tiny, tmp_path: Path, refuse: R
 @pytest.mark.parametrize("to", ["file/out", "file/deep/out", "n" * 300], ids=["below a file", "deep below a file", "name too long"])
 def test_target_that_cannot_be_written_is_one_sentence(tiny: Tiny, room: Path, refuse: Refuse, to: str) -> None:
     (room / "file").write_text("mine")
-    refuse(*upcycle(tiny("llama"), to=to), words=["cannot write"])
+    refuse(*upcycle(tiny("llama"), to=to), words=["is no path" if len(to) > 255 else "cannot write"])
 
 
 @pytest.mark.parametrize("what", ["file", "config.json", "modelwright.json"])

@@ -25,7 +25,14 @@ def answer(folder, request):
     more = {"enable_lora": True, "max_lora_rank": 8} if adapter else {}
     lora = LoRARequest("tuned", 1, adapter) if adapter else None
     model = LLM(
-        model=folder, dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=4, disable_log_stats=True, **request.get("options", {}), **more
+        model=folder,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=256,
+        max_num_seqs=4,
+        disable_log_stats=True,
+        **request.get("options", {}),
+        **more,
     )
     try:
         inner = model.llm_engine.model_config
@@ -48,7 +55,7 @@ def one(out):
     ids = list(first.token_ids)
     return {
         "ids": ids,
-        "logprobs": [place[i].logprob for i, place in zip(ids, first.logprobs)],
+        "logprobs": [place[i].logprob for i, place in zip(ids, first.logprobs, strict=False)],
         "text": first.text,
         "ended": first.finish_reason,
         "begin": len(out.prompt_token_ids),

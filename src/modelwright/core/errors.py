@@ -32,6 +32,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "known: " + ", ".join(known) if 0 < len(known) <= 20 else ""
 
 
+def shown(value: object) -> str:
+    """A value as part of one sentence: at most 80 characters, without line breaks or invisible marks."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number with thousands of digits
+        return f"a very long {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def short(error: BaseException) -> str:
     """An exception's message as part of one sentence."""
     return " ".join(str(error).split())[:300].rstrip(". ") or type(error).__name__

@@ -66,6 +66,24 @@ def finite(value: Any) -> Any:
     return value
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as the system will take it, with ~ replaced. UserError for one that no system takes."""
+    text = str(path)
+    shown = text if len(text) <= 80 else text[:77] + "..."
+    if "\0" in text:
+        raise UserError(f"{shown.replace(chr(0), '?')} is no path", "it holds a zero byte")
+    try:
+        found = Path(text).expanduser()
+        os.path.lexists(found)
+        os.stat(found)
+    except RuntimeError:
+        raise UserError(f"{shown} is no path", "there is no such user", "write the folder out") from None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{shown} is no path", f"it has {len(text)} characters, more than the system takes") from None
+    return found
+
+
 def is_running(process: str) -> bool:
     """Whether another process of this machine has that number."""
     return process.isdigit() and int(process) != os.getpid() and Path(f"/proc/{process}").exists()

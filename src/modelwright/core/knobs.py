@@ -16,7 +16,8 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.errors import UserError, did_you_mean, shown
+from modelwright.core.files import expanded
 
 _SUFFIX = {"k": 10**3, "m": 10**6, "b": 10**9}
 _HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*(?<!\.txt)(?<!\.json)(?<!\.jsonl)(?<!\.csv)(?<!\.parquet)")
@@ -119,7 +120,7 @@ def number(value: Any) -> float:
         if text[-1:].lower() in _SUFFIX:
             return float(Decimal(text[:-1]) * _SUFFIX[text[-1].lower()])
         return float(text)
-    return float(value)
+    return float(value)  # a whole number may be past the range: OverflowError
 
 
 def type_name(kind: Any) -> str:
@@ -136,7 +137,7 @@ def type_name(kind: Any) -> str:
 
 
 def _wrong(where: str, kind: Any, value: Any) -> UserError:
-    return UserError(f"{where}={value!r} does not fit", f"it must be {type_name(kind)}")
+    return UserError(f"{where}={shown(value)} does not fit", f"it must be {type_name(kind)}")
 
 
 def _coerce(kind: Any, value: Any, where: str, root: Path) -> Any:
@@ -159,7 +160,7 @@ def _coerce(kind: Any, value: Any, where: str, root: Path) -> Any:
         for choice in get_args(kind):
             if value == choice or str(value) == str(choice):
                 return choice
-        raise UserError(f"{where}={value!r} is not a choice", how=did_you_mean(str(value), map(str, get_args(kind))))
+        raise UserError(f"{where}={shown(value)} is not a choice", how=did_you_mean(str(value), map(str, get_args(kind))))
     if get_origin(kind) is list:
         if not isinstance(value, (list, tuple)):
             raise _wrong(where, kind, value)
@@ -181,7 +182,7 @@ def _coerce(kind: Any, value: Any, where: str, root: Path) -> Any:
     if kind in (int, float):
         try:
             n = number(value)
-        except (ValueError, TypeError, InvalidOperation):
+        except (ValueError, TypeError, InvalidOperation, OverflowError):
             raise _wrong(where, kind, value) from None
         if not math.isfinite(n) or (kind is int and n != int(n)):
             raise _wrong(where, kind, value)
@@ -198,7 +199,7 @@ def build(cls: Any, values: Any, where: str = "", root: Path = Path(".")) -> Any
     """
     values = {} if values is None else values
     if not isinstance(values, Mapping):
-        raise UserError(f"{where or cls.__name__} must be a mapping of settings, not {values!r}")
+        raise UserError(f"{where or cls.__name__} must be a mapping of settings, not {shown(values)}")
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
     given = {}
@@ -229,9 +230,11 @@ def resolve(value: Any, root: Path) -> Any:
         return [resolve(v, root) for v in value]
     if isinstance(value, dict):
         return {k: resolve(v, root) for k, v in value.items()}
-    if not isinstance(value, str) or Path(value).is_absolute():
+    if not isinstance(value, str):
         return value
-    at = root / Path(value).expanduser()
+    if Path(value).is_absolute():
+        return str(expanded(value))
+    at = root / expanded(value)
     return value if _HUB_ID.fullmatch(value) and not at.exists() else os.path.normpath(at)
 
 

@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 import torch
 
-from modelwright.core.data.read import read
 from modelwright.core.data.make import tokenize
+from modelwright.core.data.read import read
 from modelwright.core.data.rows import Rows
 from modelwright.core.errors import UserError
 from modelwright.core.job import Finding, Job

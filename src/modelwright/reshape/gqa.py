@@ -25,8 +25,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from modelwright.core.data.read import read
 from modelwright.core.data.make import tokenize
+from modelwright.core.data.read import read
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, knob
 from modelwright.core.model.anatomy import Anatomy, Block

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import yaml
 
 from modelwright import registry
-from modelwright.core.errors import UserError, did_you_mean, short
+from modelwright.core.errors import UserError, did_you_mean, short, shown
+from modelwright.core.files import expanded
 from modelwright.core.knobs import build, knob, plain, resolve
 from modelwright.registry import Entry
 
@@ -23,6 +24,7 @@ class Save:
     certificate: Literal["auto", "full", "structure"] = knob("auto", "auto: compare logits when both models fit in memory")
     dtype: Literal["source", "float32", "bfloat16", "float16"] = knob("source", "type that trained weights are saved in")
     force: bool = knob(False, "save a result whose certificate failed")
+    discard: bool = knob(False, "begin anew where a stopped run with other settings lies, and throw its states away")
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,21 @@ def read_yaml(text: str, where: str) -> Any:
     """Plain values from YAML text; UserError names the line that does not parse."""
     try:
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader subclass
-    except (TypeError, RecursionError) as error:  # a list for a key; brackets without end
-        raise UserError(f"{where} is not valid YAML", short(error)) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where} is not valid YAML{line}", getattr(error, "problem", None) or "it does not parse") from None
+    except UserError:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        OverflowError,
+        LookupError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # a list for a key, a number that is none
+        raise UserError(f"{where} is not valid YAML", short(error)) from None
 
 
 def _split_step(item: Any, i: int) -> tuple[str, Any]:
@@ -94,7 +105,7 @@ def _split_step(item: Any, i: int) -> tuple[str, Any]:
         return item, {}
     if isinstance(item, Mapping) and len(item) == 1 and isinstance(next(iter(item)), str):
         return next(iter(item.items()))
-    raise UserError(f"steps.{i} must be one method with its settings", f"it is {item!r}", "write '- reshape.upcycle: {experts: 4}'")
+    raise UserError(f"steps.{i} must be one method with its settings", f"it is {shown(item)}", "write '- reshape.upcycle: {experts: 4}'")
 
 
 def override(raw: dict[str, Any], assignment: str) -> None:
@@ -107,7 +118,7 @@ def override(raw: dict[str, Any], assignment: str) -> None:
         raise UserError(f"--set: unknown key '{path[0]}'", how=did_you_mean(path[0], _KEYS))
     if path[0] == "steps":
         steps = raw.get("steps") or []
-        if len(path) < 3 or not path[1].isdigit() or int(path[1]) >= len(steps):
+        if len(path) < 3 or not (path[1].isascii() and path[1].isdigit() and len(path[1]) < 9) or int(path[1]) >= len(steps):
             raise UserError(
                 f"--set {key} names no step", f"the recipe has {len(steps)} steps, counted from 0", "write --set steps.0.KEY=VALUE"
             )
@@ -136,7 +147,7 @@ def parse(raw: Any, root: Path = Path("."), name: str = "recipe") -> Recipe:
         raise UserError("the recipe has no steps", how="write 'steps:' and a list of methods; `modelwright list` shows them")
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
-        raise UserError(f"seed={seed!r} does not fit", "it must be a whole number from 0 to 4294967295, as for numpy's generator")
+        raise UserError(f"seed={shown(seed)} does not fit", "it must be a whole number from 0 to 4294967295, as for numpy's generator")
     steps = []
     for i, item in enumerate(raw["steps"]):
         step_name, values = _split_step(item, i)
@@ -149,11 +160,14 @@ def parse(raw: Any, root: Path = Path("."), name: str = "recipe") -> Recipe:
         steps.append(Step(e, made))
     save = build(Save, {"to": raw["save"]} if isinstance(raw.get("save"), str) else raw.get("save"), "save", root)
     if save.to:
-        save = replace(save, to=os.path.abspath(root / Path(save.to).expanduser()))
+        save = replace(save, to=os.path.abspath(root / expanded(save.to)))
     base = raw.get("base")
     if base is not None and not isinstance(base, str):
-        raise UserError(f"base={base!r} does not fit", "it must be a folder or a hub id")
-    return Recipe(str(raw.get("name") or name), steps, resolve(base, root), seed, save)
+        raise UserError(f"base={shown(base)} does not fit", "it must be a folder or a hub id")
+    title = str(raw.get("name") or name)
+    if title in (".", "..") or not title.isprintable() or "/" in title or "\\" in title or len(title) > 120:
+        raise UserError(f"name={shown(title)} does not fit", "it names the folder of the result", "use letters, digits, dots and dashes")
+    return Recipe(title, steps, resolve(base, root), seed, save)
 
 
 def read(path: str | Path, sets: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -4,6 +4,7 @@ While it runs everything lies in `TO.run/`; at the end the last result becomes `
 steps' small artifacts inside it. A step that only measures needs no `TO`: it is run, printed and forgotten.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -17,14 +18,16 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from modelwright.core.errors import UserError
-from modelwright.core.files import disk_errors, fingerprint, fingerprint_path, write_json
+from modelwright.core.errors import UserError, shown
+from modelwright.core.files import disk_errors, fingerprint, fingerprint_path, finite, write_json
 from modelwright.core.knobs import paths, plain
 from modelwright.core.model.lineage import versions, write_lineage
 from modelwright.core.report.page import Report
 from modelwright.core.report.progress import Progress, Silent
 from modelwright.runner.context import Result, Run
 from modelwright.runner.recipe import Recipe, Step, check, parse
+
+_MARK = "process"  # the file that makes a working folder ours; it holds the number of the process that works there
 
 
 def run(
@@ -72,10 +75,14 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None, keep: bool = Tr
     to = Path(recipe.save.to or os.path.join("out", recipe.name))
     work = to.with_name(to.name + ".run")
     if done := _finished(recipe, to):
-        shutil.rmtree(work, ignore_errors=True)
+        _remove_own(work)
         return done
     if os.path.exists(to):  # unlike Path.exists, false for a name too long
         raise UserError(f"{to} exists already", "nothing is overwritten", "choose another folder or remove it")
+    if os.path.exists(work) and not os.path.isfile(work / _MARK):
+        raise UserError(
+            f"{work} exists and is not ours", "a run works there until its result is whole", "rename it, or choose another folder"
+        )
     r = Run(recipe, work, progress or Silent(), processes=processes)
     with disk_errors(r.work):
         r.work.mkdir(parents=True, exist_ok=True)
@@ -84,16 +91,30 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None, keep: bool = Tr
         with disk_errors(r.work):
             return _run_steps(r, to)
     except UserError:
-        if not any(r.work.rglob("checkpoint-*")):  # nothing worth resuming: leave no trace
-            shutil.rmtree(r.work, ignore_errors=True)
+        if not any(r.work.glob("*/checkpoint-*")) and not any(r.work.glob("*/done.json")):  # nothing worth resuming: leave no trace
+            _remove_own(work)
         raise
     finally:
         os.close(lock)
 
 
+def _remove_own(work: Path) -> None:
+    """Remove a working folder, if it is one of ours."""
+    if os.path.isfile(work / _MARK):
+        for path in work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != _MARK:
+                path.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)  # the mark last: a folder half removed is still ours
+    else:
+        with contextlib.suppress(OSError):
+            work.rmdir()  # empty, or it stays
+
+
 def _lock(work: Path) -> int:
     """Keep a second run out; the system lets go when the process ends, however it ends."""
-    fd = os.open(work / "process", os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(work / _MARK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -120,13 +141,10 @@ def _run_steps(r: Run, to: Path | None) -> Result:
         text = json.dumps([key, step.entry.name, plain(step.knobs), recipe.seed, inputs], sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()
         folder = r.work / f"{i}-{step.entry.name}"
-        if (folder / "done.json").is_file() and json.loads((folder / "done.json").read_text())["key"] == key:
-            entry = json.loads((folder / "done.json").read_text())
+        if entry := _done(folder, key):
+            pass
         else:
-            if (folder / "key").is_file() and (folder / "key").read_text() != key:
-                shutil.rmtree(folder)
-            folder.mkdir(exist_ok=True)
-            (folder / "key").write_text(key)
+            _take_up(folder, key, json.loads(text), recipe.save.discard)
             began = time.perf_counter()
             entry = _driver(step.entry.family)(r, step, folder)
             entry |= {
@@ -153,6 +171,59 @@ def _run_steps(r: Run, to: Path | None) -> Result:
 
 
 _KINDS = {"curate": "curate", "reshape": "reshape", "tune": "tune"}  # every other family measures
+
+
+def _done(folder: Path, key: str) -> dict[str, Any] | None:
+    """What a finished step left; None where it is not finished, or what it left cannot be read any more."""
+    try:
+        entry = json.loads((folder / "done.json").read_text())
+        return entry if entry["key"] == key else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _take_up(folder: Path, key: str, settings: list[Any], discard: bool) -> None:
+    """Make a step's folder ready. What a run with other settings left there is worth something: it is thrown away only when told."""
+    worth = [p.name for p in (*folder.glob("checkpoint-*"), *folder.glob("done.json"))]
+    before = _read(folder / "settings.json")
+    same = before == settings if before is not None else (folder / "key").is_file() and (folder / "key").read_text() == key
+    if folder.exists() and not same and not (before is None and not _is_key(folder / "key")):
+        if worth and not discard:
+            other = f"other settings: {_difference(before, settings)}" if before else "other settings"
+            raise UserError(
+                f"{folder} holds {', '.join(sorted(worth))} of a stopped run with {other}",
+                "they would be lost",
+                "give the former command again, choose another folder, or say save.discard: true to begin anew",
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    (folder / "key").write_text(key)
+    write_json(folder / "settings.json", settings)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _is_key(file: Path) -> bool:
+    """Whether a step's key is whole; one that was cut off says nothing."""
+    return file.is_file() and len(file.read_text(errors="replace")) == 64
+
+
+def _difference(before: Any, now: Any, where: str = "") -> str:
+    """The first setting that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted(before.keys() | now.keys()):
+            if before.get(name) != now.get(name):
+                return _difference(before.get(name), now.get(name), f"{where}.{name}" if where else name)
+    if isinstance(before, list) and isinstance(now, list):
+        for a, b in zip(before, now, strict=False):
+            if a != b:
+                return _difference(a, b, where)
+    return f"{where or 'inputs'} was {shown(before)} and is {shown(now)}"
 
 
 def _driver(family: str) -> Callable[[Run, Step, Path], dict[str, Any]]:
@@ -188,11 +259,12 @@ def _publish(r: Run, result: Result, to: Path) -> None:
         "versions": versions(),
     }
     folder = r.checkpoint if r.checkpoint and r.checkpoint.is_relative_to(r.work) else last
+    lineage["files"] = {p.name: fingerprint(p) for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in (".safetensors", ".json")}
     small = r.work / "steps"
     shutil.rmtree(small, ignore_errors=True)
     for i, step in enumerate(recipe.steps):
         (small / f"{i}-{step.entry.name}").mkdir(parents=True)
-        for name in ("done.json", "dynamics.parquet", "adapter"):
+        for name in ("done.json", "dynamics.parquet", "log.jsonl", "adapter"):
             source = r.work / f"{i}-{step.entry.name}" / name
             if source.is_dir():
                 shutil.copytree(source, small / f"{i}-{step.entry.name}" / name)
@@ -203,32 +275,49 @@ def _publish(r: Run, result: Result, to: Path) -> None:
     write_lineage(folder, lineage)
     if result.certificate and r.checkpoint:
         from modelwright.core.model.certificate import Certificate
-        from modelwright.core.model.writer import write_card
+        from modelwright.core.model.checkpoint import locate
+        from modelwright.core.model.writer import license_of, write_card
 
         rows = [(k, f"{a} -> {b}" if a and a != b else b) for k, a, b in Certificate(**result.certificate).rows()]
-        write_card(folder, recipe.name, recipe.base or "none", result.steps, rows, result.certificate["loads_in"])
+        license = license_of(locate(recipe.base)) if recipe.base else None
+        write_card(folder, recipe.name, recipe.base or "none", result.steps, rows, result.certificate["loads_in"], license)
     result.report.facts |= {"result": str(to), "seed": recipe.seed, **lineage["versions"]}
     (folder / "report.html").write_text(result.report.html(), encoding="utf-8")
     write_json(folder / "report.json", result.plain())
-    for name in ("key", "done.json"):
+    for name in ("key", "settings.json", "done.json"):
         (folder / name).unlink(missing_ok=True)
-    os.rename(folder, to)
-    shutil.rmtree(r.work, ignore_errors=True)
+    try:
+        os.rename(folder, to)
+    except OSError:
+        if os.path.lexists(to):
+            raise UserError(
+                f"{to} appeared while the run was working", "nothing is overwritten", "move it away and give the same command again"
+            ) from None
+        raise
+    _remove_own(r.work)
 
 
 def _identity(recipe: Recipe) -> dict[str, Any]:
     """The recipe without the place of its result: what makes two runs the same run."""
     whole = recipe.plain()
-    return whole | {"save": {k: v for k, v in whole["save"].items() if k != "to"}}
+    return whole | {"save": {k: v for k, v in whole["save"].items() if k not in ("to", "discard")}}
 
 
 def _finished(recipe: Recipe, to: Path) -> Result | None:
-    try:
-        if json.loads((to / "modelwright.json").read_text())["recipe"] != json.loads(json.dumps(_identity(recipe))):
-            return None
-    except (OSError, ValueError, LookupError, TypeError):
+    """The result of the same recipe, if it stands at `to` and is as it was written; UserError where it is damaged."""
+    lineage, report = _read(to / "modelwright.json"), _read(to / "report.json")
+    if not isinstance(lineage, dict) or lineage.get("recipe") != json.loads(json.dumps(finite(_identity(recipe)))):
         return None
-    result = Result(to, json.loads((to / "report.json").read_text())["steps"], Report(recipe.name))
+    wrong = [n for n, value in (lineage.get("files") or {}).items() if not (to / n).is_file() or fingerprint(to / n) != value]
+    if not isinstance(report, dict) or not isinstance(report.get("steps"), list):
+        wrong.append("report.json")
+    if wrong:
+        raise UserError(
+            f"{to} is the result of this recipe and is damaged",
+            f"{wrong[0]} is not as it was written",
+            "remove the folder and run it again",
+        )
+    result = Result(to, report["steps"], Report(recipe.name))
     for entry in result.steps:
         result.report.step(entry)
     return result

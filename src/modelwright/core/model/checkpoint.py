@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from modelwright.core.errors import UserError, did_you_mean, short
+from modelwright.core.errors import UserError, did_you_mean, short, shown
 from modelwright.core.files import fingerprint
 from modelwright.core.model.lineage import LINEAGE
 
@@ -36,10 +36,15 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _COMPANIONS = re.compile(
-    r"(tokenizer.*|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|.*\.jinja|"
-    r"spiece\.model|generation_config\.json|preprocessor_config\.json)"
+    r"(tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|"
+    r"chat_template\.jinja|chat_template\.json|spiece\.model|sentencepiece\.bpe\.model|generation_config\.json|preprocessor_config\.json)"
 )
 _OPEN_SHARDS = 2
+_MOST = {  # what no model has: building it would never end
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), 2_000),
+    **dict.fromkeys(("num_labels", "vocab_size"), 10_000_000),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 100_000),
+}
 
 
 def locate(base: str | Path) -> Path:
@@ -74,7 +79,11 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
             table = dict(json.loads(f.read(length) if 0 < length <= size - 8 else b""))
         table.pop("__metadata__", None)
         end = 8 + length + max((int(t["data_offsets"][1]) for t in table.values()), default=0)
-        assert all(isinstance(t["dtype"], str) and math.prod(t["shape"]) >= 0 for t in table.values())
+        for t in table.values():
+            begin, stop = t["data_offsets"]
+            width = DTYPES[t["dtype"]].itemsize if t["dtype"] in DTYPES else None
+            assert isinstance(t["dtype"], str) and 0 <= begin <= stop and all(type(n) is int and n >= 0 for n in t["shape"])
+            assert width is None or stop - begin == math.prod(t["shape"]) * width
     except (ValueError, TypeError, LookupError, AssertionError, RecursionError):
         raise UserError(
             f"{file} is no readable safetensors file", "its header is cut off or damaged", "copy or download it again"
@@ -116,11 +125,45 @@ class Checkpoint:
         self._home: dict[str, Path] = {}
         for file in self.files:
             for name, row in read_header(file).items():
+                if name in self.table:
+                    raise UserError(
+                        f"{name} stands in {self._home[name].name} and in {file.name}",
+                        "one of the two is not used",
+                        "copy or download the checkpoint again",
+                    )
                 self.table[name], self._home[name] = row, file
+        whole = next((n for n in self.table if n.endswith(".weight") and not self.dtype(n).is_floating_point), None)
+        if whole:
+            raise UserError(
+                f"{whole} in {self.folder} is of type {self.table[whole]['dtype']}", "weights are fractions", "copy or download it again"
+            )
+        self._check_index()
+        if (self.folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"{self.folder} holds whole weights and an adapter",
+                "transformers would apply the adapter unasked",
+                "move the adapter_* files away, or merge them first",
+            )
         self._open: OrderedDict[Path, Any] = OrderedDict()
+
+    def _check_index(self) -> None:
+        """UserError where the index and the shards tell of other tensors or other places."""
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            return
+        told = read_object(index)["weight_map"]
+        wrong = [n for n in told.keys() | self._home.keys() if n not in told or n not in self._home or told[n] != self._home[n].name]
+        if wrong:
+            raise UserError(
+                f"{index} does not fit its shards", f"{min(wrong)} does not stand where it says", "copy or download the checkpoint again"
+            )
 
     def _shards(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
+        if index.is_file() and (self.folder / "model.safetensors").is_file():
+            raise UserError(
+                f"{self.folder} has two sets of weights", "model.safetensors stands beside an index of shards", "remove one of them"
+            )
         if index.is_file():
             names = read_object(index).get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(f, str) and f == Path(f).name for f in names.values()):
@@ -179,7 +222,7 @@ class Checkpoint:
 
     def types(self) -> set[torch.dtype]:
         """The types of the stored weights."""
-        return {self.dtype(n) for n in self.table}
+        return {kind for n in self.table if (kind := self.dtype(n)).is_floating_point}
 
     def bytes(self) -> int:
         """Bytes of all weight files."""
@@ -213,7 +256,7 @@ class Checkpoint:
         try:
             model, info = model_class(self.hf_config).from_pretrained(
                 self.folder,
-                dtype=dtype or "auto",
+                dtype=dtype or ("auto" if len(self.types()) == 1 else torch.float32),  # auto would round some of several types
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -247,12 +290,24 @@ class Checkpoint:
 
     def companions(self) -> list[Path]:
         """Tokenizer and generation files that travel with the weights."""
-        return sorted(p for p in self.folder.iterdir() if p.is_file() and _COMPANIONS.fullmatch(p.name))
+        return sorted(p for p in self.folder.iterdir() if _COMPANIONS.fullmatch(p.name) and self._own(p))
+
+    def _own(self, path: Path) -> bool:
+        """Whether a file is a regular one; a link may only point to a file that the hub's cache keeps beside the folder."""
+        home = self.folder.resolve().parents[1] if "snapshots" in self.folder.resolve().parts else self.folder.resolve()
+        return path.is_file() and path.resolve().is_relative_to(home)
 
     @cached_property
     def lineage(self) -> dict[str, Any] | None:
         path = self.folder / LINEAGE
-        return read_object(path) if path.is_file() else None
+        found = read_object(path) if path.is_file() else None
+        if found is not None:
+            steps = found.get("steps", [])
+            if not isinstance(steps, list) or not all(isinstance(s, dict) and isinstance(s.get("step"), str) for s in steps):
+                raise UserError(
+                    f"{path} is not as modelwright writes it", "its steps have another shape", "remove it, or copy the folder again"
+                )
+        return found
 
     def fingerprint(self) -> str:
         """A hash of config and weights: whole for small files, size and 64 evenly spread samples for large ones."""
@@ -283,6 +338,9 @@ def config_of(raw: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     values = {k: v for k, v in raw.items() if k not in ("model_type", "transformers_version")}
+    for key, most in _MOST.items():
+        if isinstance(n := raw.get(key), (int, float)) and not 0 <= n <= most:
+            raise UserError(f"{key}={shown(n)} in config.json does not fit", f"it must be between 0 and {most:,}", "copy the config again")
     kind = raw["model_type"]
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(f"model type {kind!r} is not known to this transformers", how=did_you_mean(str(kind), CONFIG_MAPPING.keys()))
@@ -296,8 +354,17 @@ def model_class(config: Any) -> Any:
     """The stock class that a config's `architectures` names, else the causal language model of its type."""
     import transformers
 
-    for name in getattr(config, "architectures", None) or []:
+    named = getattr(config, "architectures", None) or []
+    if not isinstance(named, (list, tuple)) or not all(isinstance(n, str) for n in named):
+        raise UserError("architectures in config.json does not fit", f"it is {shown(named)}", "it must list names of classes")
+    for name in named:
         if isinstance(found := getattr(transformers, name, None), type):
+            if not isinstance(config, getattr(found, "config_class", None) or object):
+                raise UserError(
+                    f"config.json names {name} and model type '{config.model_type}'",
+                    "they do not belong together",
+                    "correct one of the two",
+                )
             return found
     try:
         return transformers.AutoModelForCausalLM._model_mapping[type(config)]

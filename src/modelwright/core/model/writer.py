@@ -8,6 +8,7 @@ bytes do not depend on the order and memory holds one tensor at a time.
 import errno
 import json
 import os
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,9 @@ from modelwright.core.errors import UserError
 from modelwright.core.files import disk_errors
 from modelwright.core.model.checkpoint import CODES, Checkpoint, config_of, disk_shapes, require_finite
 from modelwright.core.model.lineage import LINEAGE
+from modelwright.core.model.portable import make_portable
 
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WRITERS = 1  # a file system serialises writes to one file; one thread is enough to overlap them with making tensors
 Piece = tuple[str, Tensor] | tuple[str, Tensor, int]  # name, values, and for a slice of dimension 0 its index
 
@@ -156,7 +159,8 @@ def write_tensors(blueprint: Blueprint, folder: Path, shard_size: int, tick: Cal
             json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": index_map}, indent=1)
         )
     copy_companions(blueprint.source, folder)
-    (folder / "config.json").write_text(json.dumps(portable_config(blueprint.config), indent=2, sort_keys=True) + "\n")
+    (folder / "config.json").write_text(json.dumps(blueprint.config, indent=2, sort_keys=True) + "\n")
+    make_portable(folder)
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:
@@ -181,12 +185,11 @@ def write_model(built: Built, folder: Path, shard_size: int) -> dict[str, Any]:
         if f"os error {errno.ENOSPC}" in str(error):
             raise OSError(errno.ENOSPC, "No space left on device") from error
         raise
-    config = folder / "config.json"
-    config.write_text(json.dumps(portable_config(json.loads(config.read_text())), indent=2, sort_keys=True) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if built.source and built.tokenizer is None:
         copy_companions(built.source, folder)
+    make_portable(folder)
     for file in folder.iterdir():
         if file.is_file():
             file.chmod(0o644)
@@ -236,34 +239,50 @@ def as_stored(model: Any, source: Checkpoint, dtype: str) -> float | None:
 
 
 def copy_companions(source: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer and generation files that are not there yet."""
     for path in source.companions():
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
 
-def write_card(folder: Path, title: str, base: str, steps: list[dict[str, Any]], rows: list[tuple[str, str]], loads_in: str) -> None:
-    """README.md of a result: what it is, what it loads in, how it was made, what was measured."""
+def write_card(
+    folder: Path, title: str, base: str, steps: list[dict[str, Any]], rows: list[tuple[str, str]], loads_in: str, license: str | None = None
+) -> None:
+    """README.md of a result: what it is, what it loads in, how it was made, what was measured, with metadata that the hub reads."""
     import yaml
 
     recipe = yaml.safe_dump({"base": base, "steps": [{s["step"]: s["knobs"]} for s in steps]}, sort_keys=False, width=100)
-    table = "\n".join(f"| {k} | {v} |" for k, v in rows)
+    table = "\n".join(f"| {_inline(k)} | {_inline(v)} |" for k, v in rows)
+    meta: dict[str, Any] = {"library_name": "transformers", "tags": ["modelwright", *dict.fromkeys(s["step"] for s in steps)]}
+    if _HUB_NAME.fullmatch(base):
+        meta["base_model"] = base
+    data = [d for s in steps if _HUB_NAME.fullmatch(d := str((s["knobs"].get("data") or {}).get("path") or "")) and "/" in d]
+    if data:
+        meta["datasets"] = list(dict.fromkeys(data))
+    if license:
+        meta["license"] = license
     (folder / "README.md").write_text(
-        f"---\nlibrary_name: transformers\ntags: [modelwright]\n---\n# {title}\n\nMade by modelwright; loads as `{loads_in}`.\n\n"
-        f"| measured | value |\n|---|---|\n{table}\n\n## Recipe\n```yaml\n{recipe}```\n\nThe full lineage is in `{LINEAGE}`.\n"
+        f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n# {_inline(title)}\n\nMade by modelwright; loads as `{loads_in}`.\n\n"
+        f"| measured | value |\n|---|---|\n{table}\n\n## Recipe\n```yaml\n{recipe}```\n\nThe full lineage is in `{LINEAGE}`.\n",
+        encoding="utf-8",
     )
 
 
-def portable_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config that older engines read too: transformers 4 and vLLM look for rope_theta, rope_scaling and num_experts at the top."""
-    made = dict(config)
-    rope = config.get("rope_parameters")
-    if isinstance(rope, dict) and not any(isinstance(v, dict) for v in rope.values()):
-        made.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-        if rope.get("rope_type", "default") != "default":
-            made.setdefault("rope_scaling", {k: v for k, v in rope.items() if k != "rope_theta"})
-    if "num_local_experts" in config and config.get("model_type") in ("qwen3_moe", "qwen2_moe", "olmoe"):
-        made.setdefault("num_experts", config["num_local_experts"])
-    return made
+def license_of(folder: Path) -> str | None:
+    """The license that a checkpoint's own card names."""
+    import yaml
+
+    try:
+        head = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
+        found = yaml.safe_load(head[1]).get("license") if len(head) == 3 and not head[0].strip() else None
+    except (OSError, ValueError, yaml.YAMLError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+def _inline(text: str) -> str:
+    """Text as one line of Markdown that is shown as it stands."""
+    return re.sub(r"([<>|`\\*_\[\]])", r"\\\1", " ".join(str(text).split()))
 
 
 def natural(name: str) -> list[Any]:
