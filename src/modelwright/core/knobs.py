@@ -93,9 +93,7 @@ class Train:
     eval_every: int | None = knob(None, "steps between evaluations; empty: about ten in the run", low=1, alias="eval_steps")
     save_every: int = knob(200, "steps between resumable states", low=1, alias="save_steps")
     gradient_checkpointing: bool = knob(False, "recompute activations to save memory")
-    strategy: Literal["ddp", "fsdp2", "hsdp", "ep"] = knob(
-        "ddp", "with several processes: whole copies of the model, shards of it (hsdp: inside a node), or its experts spread"
-    )
+    strategy: Literal["ddp", "fsdp2"] = knob("ddp", "with several processes: whole copies of the model, or shards of it")
     divergence: float = knob(3.0, "stop when the smoothed loss is above its lowest by this factor (and by 1 nat); 0: never", low=0)
     report_to: list[str] = knob([], "also report to tensorboard, trackio or wandb, through transformers")
     record: bool = knob(True, "write the training dynamics to dynamics.parquet")

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import yaml
 from modelwright import registry
 from modelwright.core.errors import UserError, did_you_mean, short, shown
 from modelwright.core.files import expanded
-from modelwright.core.knobs import build, knob, plain, resolve
+from modelwright.core.knobs import build, default_of, knob, plain, resolve
 from modelwright.registry import Entry
 
 
@@ -55,9 +55,25 @@ class Recipe:
             "save": plain(self.save),
         }
 
+    def as_yaml(self) -> str:
+        """The recipe as it would be written, settings at their defaults left out."""
+        steps: list[Any] = []
+        for s in self.steps:
+            default = {f.name: default_of(f) for f in fields(type(s.knobs))}
+            given = {n: _without_defaults(v, default.get(n)) for n, v in plain(s.knobs).items() if getattr(s.knobs, n) != default.get(n)}
+            steps.append({s.entry.name: given} if given else s.entry.name)
+        whole = {"name": self.name, "seed": self.seed, **({"base": self.base} if self.base else {}), "steps": steps}
+        return yaml.safe_dump(whole, sort_keys=False, allow_unicode=True, width=100)
+
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 _KEYS = ("name", "seed", "base", "steps", "save")
+
+
+def _without_defaults(value: Any, default: Any) -> Any:
+    if isinstance(value, dict) and is_dataclass(default):
+        return {n: v for n, v in value.items() if v != plain(default).get(n)}
+    return value
 
 
 class _Loader(yaml.SafeLoader):

@@ -146,7 +146,7 @@ def _run_steps(r: Run, to: Path | None) -> Result:
         else:
             _take_up(folder, key, json.loads(text), recipe.save.discard)
             began = time.perf_counter()
-            entry = _driver(step.entry.family)(r, step, folder)
+            entry = _driver(step)(r, step, folder)
             entry |= {
                 "step": step.entry.name,
                 "key": key,
@@ -226,8 +226,8 @@ def _difference(before: Any, now: Any, where: str = "") -> str:
     return f"{where or 'inputs'} was {shown(before)} and is {shown(now)}"
 
 
-def _driver(family: str) -> Callable[[Run, Step, Path], dict[str, Any]]:
-    kind = _KINDS.get(family, "measure")
+def _driver(step: Step) -> Callable[[Run, Step, Path], dict[str, Any]]:
+    kind = _KINDS.get(step.entry.family, "measure") if step.entry.gives else "measure"
     module = import_module(f"modelwright.runner.{kind}")  # torch and transformers are imported only where a step needs them
     return getattr(module, kind)
 
@@ -281,6 +281,7 @@ def _publish(r: Run, result: Result, to: Path) -> None:
         rows = [(k, f"{a} -> {b}" if a and a != b else b) for k, a, b in Certificate(**result.certificate).rows()]
         license = license_of(locate(recipe.base)) if recipe.base else None
         write_card(folder, recipe.name, recipe.base or "none", result.steps, rows, result.certificate["loads_in"], license)
+    result.report.recipe = recipe.as_yaml()
     result.report.facts |= {"result": str(to), "seed": recipe.seed, **lineage["versions"]}
     (folder / "report.html").write_text(result.report.html(), encoding="utf-8")
     write_json(folder / "report.json", result.plain())

@@ -11,7 +11,7 @@ import torch
 import modelwright.models  # noqa: F401 - our classes become known to the Auto classes
 from modelwright import registry
 from modelwright.core.data.chats import with_template
-from modelwright.core.data.rows import TokenRows
+from modelwright.core.data.rows import IGNORE, TokenRows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data
 from modelwright.core.model.anatomy import Anatomy
@@ -47,7 +47,9 @@ def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
             with r.progress.task(f"{step.entry.name}: train", 1) as tick:
                 entry = train(step, source, folder, part, r.recipe.seed, r.recipe.save, r.tuned, tick.to, tick.say)
         with r.progress.task(f"{step.entry.name}: certify"):
-            certificate = certify(source, Checkpoint(part, incomplete=True), "trained", mode=r.recipe.save.certificate)
+            certificate = certify(
+                source, Checkpoint(part, incomplete=True), "trained", mode=r.recipe.save.certificate, prompts=entry.pop("prompts", [])
+            )
     return entry | {"certificate": certificate.plain()}
 
 
@@ -75,6 +77,8 @@ def train(
         model, rows, settings, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick, say=say, objective=objective
     )
     entry = _entry(outcome, rows)
+    if objective.kind == "causal" and tokenizer is not None:
+        entry["prompts"] = _prompts(next(iter(evals.values()), rows))
     if dist.rank() == 0:
         _write(outcome, entry, techniques, source, tokenizer, rows, evals or {"data": rows}, knobs.train.batch, folder, part, save)
     return entry
@@ -96,6 +100,19 @@ def _entry(outcome: Outcome, rows: TokenRows) -> dict[str, Any]:
         "log": outcome.log,
         "notes": outcome.notes,
     }
+
+
+def _prompts(rows: TokenRows, most: int = 2, tokens: int = 48) -> list[list[int]]:
+    """The beginnings of a few rows: of a chat or pair what is given, of running text a few words."""
+    found = []
+    for i in range(min(most, len(rows))):
+        row = rows[i]
+        ids, learnt = row["input_ids"][: int(row["length"])].tolist(), (row["labels"][: int(row["length"])] != IGNORE).tolist()
+        begin = learnt.index(True) if True in learnt else len(ids)
+        n = begin if begin > 1 else min(24, len(ids) // 2)
+        if 0 < n <= 4 * tokens:
+            found.append(ids[:n])
+    return found
 
 
 def _write(

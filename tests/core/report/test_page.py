@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modelwright.core.report.page import Report, Section
-from modelwright.core.report.plots import draw, ticks
+from modelwright.core.report.plots import draw
 
 LINE = {
     "kind": "line",
@@ -51,7 +51,8 @@ def page(tmp_path: Path) -> Path:
 
 def test_the_page_asks_the_network_for_nothing(page: Path) -> None:
     text = page.read_text()
-    assert not re.search(r"""(src|href)\s*=|url\(|@import|https?://""", text)
+    asks = re.findall(r"""(?:src|href)\s*=\s*"(?!#|data:)[^"]*"|url\((?!#)[^)]*\)|@import[^;]*""", text)
+    assert not asks and set(re.findall(r"https?://[^\s\"]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
 
 
 def test_names_from_outside_are_escaped(page: Path) -> None:
@@ -78,30 +79,49 @@ def test_the_page_is_well_formed(page: Path) -> None:
     assert parser.open == []
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (1.9, 2.4), (0, 0.003), (-2, 7), (5, 5), (0, 1e9)])
-def test_ticks_cover_the_range_with_few_round_numbers(low: float, high: float) -> None:
-    t = ticks(low, high)
-    assert t[0] <= low and t[-1] >= high - 1e-9 * abs(high) and 2 <= len(t) <= 9 and t == sorted(set(t))
+SCATTER = {"kind": "scatter", "title": "S", "x": "new", "y": "old", "series": {"a": [[0, 1], [1, 2]]}}
+HISTOGRAM = {"kind": "histogram", "title": "H", "x": "length", "y": "texts", "series": {"a": [1.0, 2.0, 2.5, 3.0]}}
+IMAGE = {"kind": "image", "title": "I", "values": [[0.0, 1.0], [0.5, 0.2]]}
+PANELS = {"kind": "panels", "title": "P", "plots": [LINE, HEAT]}
+KINDS = [LINE, BARS, HEAT, SCATTER, HISTOGRAM, IMAGE, PANELS]
 
 
-def test_a_point_lies_where_its_value_says() -> None:
-    ys = [
-        float(y)
-        for y in re.findall(r'class="d0" cx="[\d.]+" cy="([\d.]+)"', draw({**LINE, "series": {"a": [[0, 1.0], [1, 2.0], [2, 3.0]]}}))
-    ]
-    assert ys[0] > ys[1] > ys[2] and abs((ys[0] - ys[1]) - (ys[1] - ys[2])) < 0.11
+@pytest.mark.parametrize("plot", KINDS, ids=lambda p: p["kind"])
+def test_every_kind_keeps_text_as_text_and_follows_the_theme(plot: dict) -> None:
+    svg = draw(plot)
+    assert "<svg" in svg and "#0102" not in svg, "every colour of ours became a variable of the page"
+    if plot["kind"] != "image":
+        assert "<text" in svg and "var(--" in svg
+    assert draw(plot) == svg, "the same plot gives the same bytes"
 
 
-def test_bars_grow_from_zero_in_proportion() -> None:
-    heights = [float(h) for h in re.findall(r'class="b0"[^>]*height="([\d.]+)"', draw(BARS))]
-    assert heights[1] / heights[0] == pytest.approx(1.5, rel=0.01)
+def test_labels_stand_as_they_are_written() -> None:
+    svg = draw({**LINE, "x": "cost in $ or $", "series": {"[/INST] <i>": [[0, 1], [1, 2]]}, "line": {"at": 1.5, "name": "chance & more"}})
+    assert "cost in $ or $" in svg and "[/INST] &lt;i&gt;" in svg and "chance &amp; more" in svg
 
 
-def test_no_two_of_twelve_series_look_alike() -> None:
-    series = {str(i): [[0, i], [1, i]] for i in range(12)}
-    html = draw({"kind": "line", "title": "t", "x": "x", "y": "y", "series": series})
-    looks = re.findall(r'<polyline class="([^"]+)"', html)
-    assert len(set(looks)) == 12 and [x.replace("s", "c", 1) for x in looks] == re.findall(r'<i class="([^"]+)"', html)
+def test_ids_of_two_plots_on_a_page_differ() -> None:
+    ids = [re.findall(r'id="([^"]+)"', draw({**LINE, "title": title})) for title in ("a", "b")]
+    ids[1] = re.findall(r'id="([^"]+)"', draw({**LINE, "x": "other"}))
+    assert not set(ids[0]) & set(ids[1])
+
+
+def test_close_values_get_different_ticks() -> None:
+    svg = draw({"kind": "line", "title": "t", "x": "x", "y": "y", "series": {"a": [[0, 1.37], [1, 1.373], [2, 1.375], [3, 1.377]]}})
+    ticks = [float(v) for v in re.findall(r">(1\.37\d*)<", svg)]
+    steps = [round(b - a, 6) for a, b in zip(ticks, ticks[1:], strict=False)]
+    assert len(set(ticks)) == len(ticks) >= 3 and len(set(steps)) == 1
+
+
+def test_text_of_a_report_is_printed_as_it_is(capsys: pytest.CaptureFixture) -> None:
+    from rich.console import Console
+
+    report = Report("r")
+    table = {"title": "a[i] = b[j]", "columns": ["", "[x]"], "rows": [["[/INST]", "a[i] = b[j]"]]}
+    report.sections.append(Section("[bold]", "text [/red]", [("[1]", "what", "")], [table]))
+    report.print(Console(width=120))
+    out = capsys.readouterr().out
+    assert all(w in out for w in ("a[i] = b[j]", "[x]", "[/INST]", "[bold]", "text [/red]", "[1]"))
 
 
 def test_a_step_entry_becomes_a_section() -> None:
@@ -116,6 +136,14 @@ def test_a_step_entry_becomes_a_section() -> None:
         }
     )
     assert report.sections[0].plots[0]["series"] == {"new": [[0, 2.0], [1, 1.0]]} and "all moved" in report.html()
+
+
+def test_training_curves_notes_samples_and_recipe_are_on_the_page() -> None:
+    log = [{"step": s, "loss": 2.0 / s, "lr": 0.1, "grad_norm": 1.0} for s in (1, 2, 3)]
+    report = Report("r", recipe="steps:\n- tune.full")
+    report.step({"step": "tune.full", "log": log, "notes": ["half of the weights stood still"]})
+    html = report.html()
+    assert "gradient norm" in html and "half of the weights stood still" in html and "- tune.full" in html
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

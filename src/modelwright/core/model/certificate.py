@@ -61,6 +61,7 @@ class Certificate:
     before: dict[str, int] = field(default_factory=dict)
     probe: str = ""
     note: str = ""
+    samples: list[list[str]] = field(default_factory=list)  # a prompt, and how each model goes on
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(quantity, before, after) for tables."""
@@ -120,8 +121,15 @@ def nats(logits: Tensor, ids: Tensor) -> float:
     return float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()))
 
 
-def certify(before: Checkpoint, after: Checkpoint, promise: str = "same function", text: Path = PROBE, mode: str = "auto") -> Certificate:
-    """Compare two saved checkpoints, each loaded in a fresh object through its stock class.
+def certify(
+    before: Checkpoint,
+    after: Checkpoint,
+    promise: str = "same function",
+    text: Path = PROBE,
+    mode: str = "auto",
+    prompts: list[list[int]] | None = None,
+) -> Certificate:
+    """Compare two saved checkpoints, each loaded in a fresh object through its stock class; let both go on from `prompts`.
 
     mode: 'auto' compares logits when the larger model fits in memory, 'full' always, 'structure' never.
     """
@@ -143,10 +151,15 @@ def certify(before: Checkpoint, after: Checkpoint, promise: str = "same function
         vocab = int(after.hf_config.get_text_config().vocab_size)
         if int(ids.max()) >= vocab:
             raise UserError("the two models have different vocabularies", f"the probe uses id {int(ids.max())} and the second has {vocab}")
-        old = logits_of(before.model(torch.float32), ids)
+        model, said = before.model(torch.float32), []
+        old = logits_of(model, ids)
+        said.append(continuations(model, prompts or []))
+        del model
         if sizes["before"].params_total > _BIG:  # modules hold cycles; a small model may wait for the collector
             gc.collect()
-        new = logits_of(after.model(torch.float32), ids)
+        model = after.model(torch.float32)
+        new = logits_of(model, ids)
+        said.append(continuations(model, prompts or []))
         shared = min(old.shape[-1], new.shape[-1])
         difference = float((old[..., :shared] - new[..., :shared]).abs().max())
         tolerance = TOLERANCE * max(1.0, float(old.abs().max()) / 10)  # fp32 rounding grows with the logits
@@ -159,6 +172,7 @@ def certify(before: Checkpoint, after: Checkpoint, promise: str = "same function
             "loss_after": losses[1],
             "bits_per_byte_before": per_byte[0],
             "bits_per_byte_after": per_byte[1],
+            "samples": _samples(after.tokenizer(), prompts or [], said),
         }
         passed = bool(difference <= tolerance) if promise == "same function" else None
         if not math.isfinite(difference):
@@ -167,6 +181,26 @@ def certify(before: Checkpoint, after: Checkpoint, promise: str = "same function
     return Certificate(
         promise=promise, passed=passed, **measured, **after_size, loads_in=cls, before=asdict(sizes["before"]), probe=probe, note=note
     )
+
+
+@torch.no_grad()
+def continuations(model: Any, prompts: list[list[int]], tokens: int = 40) -> list[list[int]]:
+    """What a model says after each prompt, greedily; empty where it cannot generate."""
+    if not prompts or not model.can_generate() or model.config.is_encoder_decoder:
+        return [[] for _ in prompts]
+    model.eval()
+    found = []
+    for p in prompts:
+        ids = torch.tensor([p], device=model.device)
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=0)
+        found.append(made[0, len(p) :].tolist())
+    return found
+
+
+def _samples(tokenizer: Any, prompts: list[list[int]], said: list[list[list[int]]]) -> list[list[str]]:
+    if tokenizer is None:
+        return []
+    return [[tokenizer.decode(ids) for ids in row] for row in zip(prompts, *said, strict=True)]
 
 
 def require_same_when_reloaded(model: Any, saved: Checkpoint) -> float:

@@ -30,6 +30,7 @@ class Report:
     sections: list[Section] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     lead: str = ""
+    recipe: str = ""  # as YAML
 
     def step(self, entry: dict[str, Any]) -> None:
         """A section from what a step left: certificate, evaluations, facts, tables, plots."""
@@ -48,26 +49,15 @@ class Report:
                     "rows": [list(r) for r in c.rows()],
                 }
             )
+            if c.samples:
+                columns = ["prompt", "before", "after"]
+                s.tables.append({"title": "How both go on (greedy)", "columns": columns, "rows": c.samples, "prose": True})
+        if log := entry.get("log"):
+            s.plots.append(_curves(log))
         if evals := entry.get("evals"):
-            names = list(dict.fromkeys(e["name"] for e in evals))
-            key, unit = ("bits_per_byte", "bits per byte") if all("bits_per_byte" in e for e in evals) else ("loss", "nats per token")
-            s.plots.append(
-                {
-                    "kind": "line",
-                    "title": "Held-out text while training",
-                    "x": "step",
-                    "y": unit,
-                    "series": {n: [[e["step"], e[key]] for e in evals if e["name"] == n] for n in names},
-                }
-            )
-            ends = {n: [e[key] for e in evals if e["name"] == n] for n in names}
-            s.tables.append(
-                {
-                    "title": f"Held-out text, {unit}",
-                    "columns": ["text", "start", "end"],
-                    "rows": [[n, f"{v[0]:.4f}", f"{v[-1]:.4f}"] for n, v in ends.items()],
-                }
-            )
+            _evaluations(s, evals)
+        if notes := entry.get("notes"):
+            s.tables.append({"title": "Notes", "columns": ["", ""], "rows": [["", n] for n in notes], "plain": True})
         for i, line in enumerate(entry.get("liveness", [])):
             facts["first step" + f", {i + 1}" * (len(entry["liveness"]) > 1)] = line
         if "seconds" in entry:
@@ -80,34 +70,60 @@ class Report:
         """The tables on the terminal."""
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         console = console or Console()
+
+        def line(*parts: tuple[str, str]) -> None:
+            console.print(Text.assemble(*((_printable(words), style) for words, style in parts)), soft_wrap=True)
+
         for s in self.sections:
-            mark = {True: "[green]proven[/]  ", False: "[red]failed[/]  ", None: ""}[s.verdict]
-            console.print(f"\n[bold]{s.title}[/]  {mark}{s.text}")
+            verdict = {True: ("proven  ", "green"), False: ("failed  ", "red"), None: ("", "")}[s.verdict]
+            line(("\n", ""), (s.title, "bold"), ("  ", ""), verdict, (s.text, ""))
             for value, what, remark in s.tiles:
-                console.print(f"  [bold]{value}[/] {what} {remark}")
+                line(("  ", ""), (value, "bold"), (f" {what} {remark}", ""))
             for t in s.tables:
-                table = Table(
-                    title=t["title"], title_justify="left", title_style="dim", box=None, pad_edge=False, show_header=any(t["columns"])
-                )
+                title = Text(_printable(t["title"]), "dim")
+                table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=any(t["columns"]))
                 for i, c in enumerate(t["columns"]):
-                    table.add_column(c, justify="left" if i == 0 or t["title"] == "Facts" or t.get("prose") else "right")
+                    left = i == 0 or t["title"] == "Facts" or t.get("prose") or t.get("plain")
+                    table.add_column(Text(_printable(c)), justify="left" if left else "right")
                 for row in t["rows"]:
-                    table.add_row(*map(str, row))
+                    table.add_row(*(Text(_printable(v)) for v in row))
                 console.print(table)
 
     def html(self) -> str:
         """The page."""
         body = "".join(_section(s) for s in self.sections)
         foot = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(_show(v))}</dd>" for k, v in self.facts.items())
+        recipe = f"<pre>{escape(self.recipe)}</pre>" if self.recipe else ""
         return (
             '<!doctype html><html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><title>{escape(self.title)}</title><style>{_STYLE.read_text()}</style></head>'
             f'<body><main><header><p class="brand">modelwright</p><h1>{escape(self.title)}</h1><p>{escape(self.lead)}</p></header>{body}'
-            f"<footer><details><summary>How this was made</summary><dl>{foot}</dl></details></footer></main></body></html>"
+            f"<footer><details><summary>How this was made</summary><dl>{foot}</dl>{recipe}</details></footer></main></body></html>"
         )
+
+
+def _curves(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Loss, learning rate, gradient norm and speed of a training run as small multiples."""
+
+    def one(title: str, key: str) -> dict[str, Any]:
+        return {"kind": "line", "title": title, "x": "step", "y": "", "series": {title: [[r["step"], r.get(key)] for r in log]}}
+
+    shown = (("loss (nats)", "loss"), ("learning rate", "lr"), ("gradient norm", "grad_norm"))
+    return {"kind": "panels", "title": "Training", "plots": [one(title, key) for title, key in shown]}
+
+
+def _evaluations(s: "Section", evals: list[dict[str, Any]]) -> None:
+    names = list(dict.fromkeys(e["name"] for e in evals))
+    key, unit = ("bits_per_byte", "bits per byte") if all("bits_per_byte" in e for e in evals) else ("loss", "nats per token")
+    series = {n: [[e["step"], e[key]] for e in evals if e["name"] == n] for n in names}
+    s.plots.append({"kind": "line", "title": "Held-out text while training", "x": "step", "y": unit, "series": series})
+    ends = {n: [e[key] for e in evals if e["name"] == n] for n in names}
+    rows = [[n, f"{v[0]:.4f}", f"{v[-1]:.4f}"] for n, v in ends.items()]
+    s.tables.append({"title": f"Held-out text, {unit}", "columns": ["text", "start", "end"], "rows": rows})
 
 
 def _sentence(c: Any) -> str:
@@ -118,6 +134,12 @@ def _sentence(c: Any) -> str:
             f"The function is {'unchanged' if c.passed else 'NOT unchanged'}: logits differ by at most {c.max_abs_dlogit:.1e} on {c.probe}."
         )
     return f"The function changed, as it should: largest logit difference {c.max_abs_dlogit:.3g} on {c.probe}."
+
+
+def _printable(value: Any) -> str:
+    """Text for a terminal as it stands; what would move its cursor is written as an escape."""
+    text = str(value)
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def _leaves(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -157,4 +179,5 @@ def _table(t: dict[str, Any]) -> str:
     inner = f"<table>{f'<thead><tr>{head}</tr></thead>' if any(t['columns']) else ''}<tbody>{rows}</tbody></table>"
     if t["title"] == "Facts":
         return f'<details><summary>{escape(t["title"])}</summary><div class="scroll plain">{inner}</div></details>'
-    return f'<h3>{escape(t["title"])}</h3><div class="scroll{" prose" if t.get("prose") else ""}">{inner}</div>'
+    kind = " prose" if t.get("prose") else " plain" if t.get("plain") else ""
+    return f'<h3>{escape(t["title"])}</h3><div class="scroll{kind}">{inner}</div>'

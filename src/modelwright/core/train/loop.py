@@ -195,11 +195,11 @@ def _prepared(model: Any, rows: TokenRows, train: Train, techniques: list[Techni
 
 def _sharded(model: Any, blocks: list[Any], train: Train) -> tuple[Any, Any]:
     """The model cut over the processes where that is asked for, and an empty copy that the whole can be gathered in."""
-    if dist.world() == 1 or train.strategy not in ("fsdp2", "hsdp") or any(dist.offset(p) is not None for p in model.parameters()):
+    if dist.world() == 1 or train.strategy != "fsdp2" or any(dist.offset(p) is not None for p in model.parameters()):
         return model, None
     model.to(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     empty = dist.emptied(model)
-    dist.shard(model, blocks, inside_nodes=train.strategy == "hsdp")
+    dist.shard(model, blocks)
     return model, empty
 
 
