@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,21 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def train_apart(r: Any, step: Any, source: Any, folder: Path, part: Path) -> dict[str, Any]:
-    """Run `tune.train` of this step under torchrun. Raises what the workers raised."""
+def launched() -> int:
+    """Processes that an outside launcher (torchrun, SLURM with WORLD_SIZE, RANK and MASTER_ADDR set) started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ and "MASTER_ADDR" in os.environ else 1
+
+
+def follows() -> bool:
+    """Whether this process is one that an outside launcher started beside the first."""
+    return launched() > 1 and int(os.environ["RANK"]) > 0
+
+
+def train_apart(r: Any, step: Any, source: Any, folder: Path, part: Path, train: Callable[[dict[str, Any], Path], Any]) -> dict[str, Any]:
+    """Train this step in several processes and give back its entry. Raises what the workers raised.
+
+    Under an outside launcher the processes are there already (`train(job, folder)` runs in each); else torchrun starts them.
+    """
     job = {
         "step": {step.entry.name: plain(step.knobs)},
         "source": str(source.folder),
@@ -39,6 +53,12 @@ def train_apart(r: Any, step: Any, source: Any, folder: Path, part: Path) -> dic
         "rounds": r.tuned,
         "processes": r.processes,
     }
+    if launched() > 1:
+        from modelwright.core.train import dist
+
+        dist.start(launched())
+        dist.broadcast((job, str(folder)))
+        return train(job, folder)
     write_json(folder / JOB, job)
     for name in (DONE, ERROR):
         (folder / name).unlink(missing_ok=True)
@@ -49,7 +69,7 @@ def train_apart(r: Any, step: Any, source: Any, folder: Path, part: Path) -> dic
     } | os.environ
     with r.progress.task(f"{step.entry.name}: train in {r.processes} processes", 1) as tick, open(folder / "workers.log", "w") as log:
         process = subprocess.Popen(
-            [*command, "-m", "modelwright.runner.processes", str(folder)],
+            [*command, "-m", "modelwright.runner.worker", str(folder)],
             env=environment,
             stdout=log,
             stderr=log,

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -25,6 +25,7 @@ from modelwright.core.model.lineage import versions, write_lineage
 from modelwright.core.report.page import Report
 from modelwright.core.report.progress import Progress, Silent
 from modelwright.runner.context import Result, Run
+from modelwright.runner.processes import follows, launched
 from modelwright.runner.recipe import Recipe, Step, check, parse
 
 _MARK = "process"  # the file that makes a working folder ours; it holds the number of the process that works there
@@ -68,7 +69,31 @@ def run_recipe(recipe: Recipe, progress: Progress | None = None, keep: bool = Tr
 
     With several `processes`, training steps run under torchrun; everything else stays in this one.
     """
+    if follows():
+        from modelwright.runner.worker import follow
+
+        follow()
     check(recipe)
+    if launched() > 1:
+        with _dismissed():
+            return _run(recipe, progress, keep, launched())
+    return _run(recipe, progress, keep, processes)
+
+
+@contextlib.contextmanager
+def _dismissed() -> Iterator[None]:
+    """Let the processes that an outside launcher started go when the run ends, however it ends."""
+    try:
+        yield
+    finally:
+        from modelwright.core.train import dist
+
+        dist.start(launched())
+        dist.broadcast(None)
+        dist.barrier()
+
+
+def _run(recipe: Recipe, progress: Progress | None, keep: bool, processes: int) -> Result:
     if not keep:
         with tempfile.TemporaryDirectory(prefix="modelwright-") as folder:
             return _run_steps(Run(recipe, Path(folder), progress or Silent(), processes=processes), None)

@@ -13,6 +13,7 @@ from modelwright import registry
 from modelwright.core.data.chats import with_template
 from modelwright.core.data.rows import IGNORE, TokenRows
 from modelwright.core.errors import UserError
+from modelwright.core.files import write_json
 from modelwright.core.knobs import Data
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.certificate import certify, require_same_when_reloaded
@@ -24,8 +25,9 @@ from modelwright.core.train.objective import Objective, objective_class
 from modelwright.core.train.technique import Technique, combine, environment
 from modelwright.core.train.trainer import forward
 from modelwright.moe.watch import domain_plot, watch
+from modelwright.runner import recipe
 from modelwright.runner.context import Run, with_dataset
-from modelwright.runner.processes import train_apart
+from modelwright.runner.processes import PROGRESS, train_apart
 from modelwright.runner.recipe import Save, Step
 
 Tick = Callable[[int, int], None]
@@ -42,7 +44,7 @@ def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder / "adapter", ignore_errors=True)
     with staging(folder / "result") as part:
         if r.processes > 1:
-            entry = train_apart(r, step, source, folder, part)
+            entry = train_apart(r, step, source, folder, part, train_job)
         else:
             with r.progress.task(f"{step.entry.name}: train", 1) as tick:
                 entry = train(step, source, folder, part, r.recipe.seed, r.recipe.save, r.tuned, tick.to, tick.say)
@@ -82,6 +84,29 @@ def train(
     if dist.rank() == 0:
         _write(outcome, entry, techniques, source, tokenizer, rows, evals or {"data": rows}, knobs.train.batch, folder, part, save)
     return entry
+
+
+def train_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`train` from plain values, in one of several processes; the first one notes how far it is."""
+    step = recipe.parse({"steps": [job["step"]], "base": job["source"]}).steps[0]
+    seen: dict[str, Any] = {"at": [0, 1], "numbers": {}}
+
+    def show(**what: Any) -> None:
+        seen.update(what)
+        if dist.rank() == 0:
+            write_json(folder / PROGRESS, seen)
+
+    return train(
+        step,
+        Checkpoint(job["source"]),
+        folder,
+        Path(job["part"]),
+        job["seed"],
+        recipe.Save(**job["save"]),
+        job["rounds"],
+        lambda done, of: show(at=[done, of]),
+        lambda numbers: show(numbers=numbers),
+    )
 
 
 def _entry(outcome: Outcome, rows: TokenRows) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
 class Checkpoint:
     """A folder with config.json and safetensors weights. Opening reads headers only."""
 
-    def __init__(self, base: str | Path, incomplete: bool = False):
+    def __init__(self, base: str | Path, incomplete: bool = False, weights: bool = True):
         self.folder = locate(base)
         if not incomplete and (self.folder / "INCOMPLETE").exists():
             raise UserError(f"{self.folder} is incomplete", "the run that wrote it was stopped", "run it again")
@@ -120,7 +120,7 @@ class Checkpoint:
             )
         if "model_type" not in self.config:
             raise UserError(f"{path} names no model_type", how="point to a folder saved with save_pretrained")
-        self.files = self._shards()
+        self.files = self._shards() if weights or any(self.folder.glob("*.safetensors*")) else []  # without: a plan from the config
         self.table: dict[str, dict[str, Any]] = {}
         self._home: dict[str, Path] = {}
         for file in self.files:

@@ -45,6 +45,13 @@ def require_world(asked: int) -> None:
         )
 
 
+def broadcast(value: Any = None) -> Any:
+    """A plain value of the first process, on all of them."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
 def barrier() -> None:
     if world() > 1 and dist.is_initialized():
         dist.barrier()
