@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from modelwright import __version__, registry
+from modelwright.cli import use
 from modelwright.cli.commands import HELP, Group, family_group
 from modelwright.cli.output import Json, note, print_error, print_json, run_and_print, say
 from modelwright.core.errors import UserError, did_you_mean
@@ -140,6 +141,9 @@ def demo(
     from modelwright.cli.demo import run_demo
 
     run_demo(base=base, data=data, to=to, tokens=tokens, seed=seed, as_json=as_json)
+
+
+use.register(app)
 
 
 def _dashes(argument: str) -> str:
