@@ -152,6 +152,16 @@ def _dashes(argument: str) -> str:
     return name.replace("_", "-") + eq + value if argument.startswith("--") else argument
 
 
+def _message(error: Any) -> str:
+    """What is wrong with the flags; --lr finds --train.lr, the flag that ends in the same word."""
+    word, ctx = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if word and ctx is not None:
+        flags = [o for p in ctx.command.params for o in p.opts]
+        if near := [o for o in flags if o.split(".")[-1] == word.lstrip("-") and o != word]:
+            return f"{error.message}; did you mean {near[0]}?"
+    return str(error.format_message())
+
+
 def _version(value: bool) -> None:
     if value:
         typer.echo(__version__)
@@ -180,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if not (hasattr(error, "show") and hasattr(error, "format_message")):  # the command line's own: a misspelt option
             raise
-        message = error.format_message()
+        message = _message(error)
         print_error(message, "", "", message, as_json)
         sys.exit(2)
 

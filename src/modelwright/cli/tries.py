@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from modelwright import registry
-from modelwright.cli.output import print_json, resumable, say
+from modelwright.cli.output import free_folder, print_json, resumable, say
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import default_of, flat
 from modelwright.testing import made
@@ -92,7 +92,7 @@ def recipe_of(e: registry.Entry, sets: list[str], folder: Path, seed: int) -> An
 def try_method(name: str, sets: list[str], to: str | None, look: bool, seed: int, as_json: bool) -> Any:
     """Run the method and show its report; nothing is left behind where it refuses."""
     e = registry.entry(name)
-    folder = Path(to).expanduser() if to else _free(Path("out") / "try" / e.name)
+    folder = Path(to).expanduser() if to else free_folder(Path("out") / "try" / e.name)
     if to and folder.exists():
         raise UserError(f"{to} exists already", "nothing is overwritten", "choose another folder or remove it")
     try:
@@ -116,14 +116,6 @@ def try_method(name: str, sets: list[str], to: str | None, look: bool, seed: int
     if look and sys.stdout.isatty() and _desktop():
         webbrowser.open(report.resolve().as_uri())
     return result
-
-
-def _free(folder: Path) -> Path:
-    """The folder itself, or the first of folder-2, folder-3, ... that is not there."""
-    n, found = 2, folder
-    while found.exists():
-        found, n = folder.with_name(f"{folder.name}-{n}"), n + 1
-    return found
 
 
 def _desktop() -> bool:
