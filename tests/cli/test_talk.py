@@ -148,7 +148,8 @@ def test_a_pipe_is_a_conversation(talker: str, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_second_turn_sees_the_first(talker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from modelwright.cli.talk import Conversation, Sampling, Speaker
+    from modelwright.cli.chat import Conversation
+    from modelwright.cli.talk import Sampling, Speaker
 
     speaker = Speaker(talker, Sampling(8))
     talk = Conversation(speaker, "Be brief.")

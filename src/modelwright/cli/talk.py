@@ -1,22 +1,21 @@
-"""`modelwright generate` and `modelwright chat`: a checkpoint writes. Prompts are read whole, one after the other, with the same seed."""
+"""`modelwright generate`: a checkpoint writes. Prompts are read whole, one after the other, with the same seed."""
 
 import json
 import math
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, TextStreamer
+from transformers import GenerationConfig
 
 import modelwright.models  # noqa: F401 - our classes become known to the Auto classes
 from modelwright.cache.engine.evict import evict as evict_block
 from modelwright.cache.engine.measure import fits_context
 from modelwright.cache.evictors.names import named
-from modelwright.cli.output import note, print_json, resumable, say, writable
+from modelwright.cli.output import print_json, resumable, say
 from modelwright.core.data.read import read, read_table
 from modelwright.core.errors import UserError, short
 from modelwright.core.knobs import Data
@@ -109,14 +108,6 @@ def _until_end(ids: list[int], ends: Any) -> list[int]:
     stops = set(ends if isinstance(ends, list) else [ends])
     at = [i for i, token in enumerate(ids) if token in stops]
     return ids[: at[0] + 1] if at else ids
-
-
-class _Printer(TextStreamer):
-    """Prints words as they are written, exactly as they are."""
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        sys.stdout.write(writable(text) + ("\n" if stream_end else ""))
-        sys.stdout.flush()
 
 
 def generate(
@@ -212,73 +203,3 @@ def _as_chat(prompt: str | Messages, system: str | None) -> Messages:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     opened = messages[0]["role"] == "system"
     return messages if not system or opened else [{"role": "system", "content": system}, *messages]
-
-
-# ---- chat ------------------------------------------------------------------------------------------------------------
-class Conversation:
-    """Turns so far, as messages where the tokenizer has a template, else as one running text."""
-
-    def __init__(self, speaker: Speaker, system: str | None):
-        self.speaker, self.system = speaker, system
-        self.turns: list[tuple[str, str]] = []
-        self.dropped = 0
-
-    def answer(self, line: str, streamer: Any = None) -> str:
-        """The answer to a line; the oldest turns are left out where the conversation outgrows the context."""
-        ids = self._fitting(line)
-        text = self.speaker.text(self.speaker.write(ids, 1, streamer)[0])
-        self.turns.append((line, text))
-        return text
-
-    def _fitting(self, line: str) -> torch.Tensor:
-        context = getattr(self.speaker.model.config.get_text_config(), "max_position_embeddings", None)
-        room = context - self.speaker.sampling.max_new_tokens if context else None
-        while True:
-            ids = self.speaker.ids(self._prompt(line))
-            if room is None or ids.shape[1] <= room or not self.turns:
-                return ids
-            self.turns.pop(0)
-            self.dropped += 1
-
-    def _prompt(self, line: str) -> str | Messages:
-        if not self.speaker.has_template:
-            return "".join(f"{a}\n{b}\n" for a, b in self.turns) + line
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        for said, answered in self.turns:
-            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answered}]
-        return [*messages, {"role": "user", "content": line}]
-
-
-def chat(base: str, system: str | None, sampling: Sampling, as_json: bool) -> None:
-    """Read lines until the end of standard input, /exit or Ctrl-D; answer each. /new starts over."""
-    terminal = sys.stdin.isatty() and not as_json
-    with resumable(False):
-        speaker = Speaker(base, sampling)
-        if not speaker.has_template:
-            if system:
-                raise UserError(f"the tokenizer of {base} has no chat template", "a system message was given", "leave --system out")
-            note(f"the tokenizer of {base} has no chat template: each line is continued as plain text")
-        if terminal:
-            say("/new starts over, /exit or Ctrl-D ends.")
-        rows = _converse(lambda: Conversation(speaker, system), terminal, as_json)
-    if as_json:
-        print_json({"base": base, "turns": rows})
-
-
-def _converse(fresh: Callable[[], Conversation], terminal: bool, as_json: bool) -> list[dict[str, str]]:
-    talk, rows, told = fresh(), [], 0
-    while True:
-        if terminal:
-            sys.stdout.write("> ")
-            sys.stdout.flush()
-        line = sys.stdin.readline()
-        if not line or line.strip() == "/exit":
-            return rows
-        if line.strip() == "/new":
-            talk, told = fresh(), 0
-        elif line.strip():
-            printer = None if as_json else _Printer(talk.speaker.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            rows.append({"user": line.rstrip("\n"), "assistant": talk.answer(line.rstrip("\n"), printer)})
-            if talk.dropped > told:
-                note(f"the context is full: the oldest {talk.dropped} turns are left out")
-                told = talk.dropped

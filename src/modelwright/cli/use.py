@@ -53,7 +53,8 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to a checkpoint in the terminal; one line is one turn, also through a pipe."""
-    from modelwright.cli.talk import Sampling, chat
+    from modelwright.cli.chat import chat
+    from modelwright.cli.talk import Sampling
 
     chat(base, system, Sampling(max_new_tokens, temperature, top_p, top_k, seed), as_json)
 
