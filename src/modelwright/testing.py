@@ -153,7 +153,7 @@ def _chains(folder: Path) -> dict[str, Any]:
     names = ["Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ida", "Jon"]
     rows = []
     for i, (a, b) in enumerate(zip(names, names[1:] + names[:1], strict=True)):
-        chains = [_spelled(a, b, wrong=j < (5 if i % 3 == 0 else 2)) for j in range(8)]
+        chains = [_spelled(a, b, wrong=j in ((0, 2, 4, 5, 7) if i % 3 == 0 else (1, 5))) for j in range(8)]
         question = f'Take the last letters of the words in "{a} {b}" and concatenate them.'
         rows.append({"question": question, "answer": a[-1] + b[-1], "chains": chains})
     return {"chains": write_jsonl(folder / "chains.jsonl", rows), "kind": "letters"}

@@ -87,6 +87,27 @@ def test_every_knob_has_a_flag_of_its_own() -> None:
         assert len(taken) == len(set(taken)), e.name
 
 
+def test_a_knob_answers_to_its_aliases() -> None:
+    """The words of other libraries, where a knob names them; a dotted knob's alias stands in its place."""
+    from dataclasses import field
+
+    lr = field(default=1e-3, metadata={"alias": ("learning_rate",)})
+    lr.type = float
+    assert commands.flags("train.lr", lr) == ["--train.lr", "--train.learning-rate"]
+    one = field(default=8, metadata={"alias": "rank"})
+    one.type = int
+    assert commands.flags("r", one) == ["--r", "--rank"]
+    switch = field(default=True, metadata={})
+    switch.type = bool
+    assert commands.flags("train.record", switch) == ["--train.record/--no-train.record"]
+
+
+def test_the_last_word_of_a_flag_finds_it(capsys: pytest.CaptureFixture[str]) -> None:
+    for typed, flag in (("--lr", "--train.lr"), ("--epochs", "--train.epochs"), ("--column", "--data.column")):
+        assert _call("tune", "full", "--base", "seedling", "--to", "x", typed, "1") == 2
+        assert f"did you mean {flag}?" in capsys.readouterr().err
+
+
 def test_printed_text_is_not_altered(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("a[i] = b[j]", "[/INST]", "[bold]x[/]", "\\[red]", "a\ttab"):
         output.say(text)

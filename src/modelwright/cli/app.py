@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from modelwright import __version__, registry
+from modelwright.cli import use
 from modelwright.cli.commands import HELP, Group, family_group
 from modelwright.cli.output import Json, note, print_error, print_json, run_and_print, say
 from modelwright.core.errors import UserError, did_you_mean
@@ -142,10 +143,23 @@ def demo(
     run_demo(base=base, data=data, to=to, tokens=tokens, seed=seed, as_json=as_json)
 
 
+use.register(app)
+
+
 def _dashes(argument: str) -> str:
     """--top_k as --top-k, so that the names of the recipe work here too."""
     name, eq, value = argument.partition("=")
     return name.replace("_", "-") + eq + value if argument.startswith("--") else argument
+
+
+def _message(error: Any) -> str:
+    """What is wrong with the flags; --lr finds --train.lr, the flag that ends in the same word."""
+    word, ctx = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if word and ctx is not None:
+        flags = [o for p in ctx.command.params for o in p.opts]
+        if near := [o for o in flags if o.split(".")[-1] == word.lstrip("-") and o != word]:
+            return f"{error.message}; did you mean {near[0]}?"
+    return str(error.format_message())
 
 
 def _version(value: bool) -> None:
@@ -176,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     except Exception as error:
         if not (hasattr(error, "show") and hasattr(error, "format_message")):  # the command line's own: a misspelt option
             raise
-        message = error.format_message()
+        message = _message(error)
         print_error(message, "", "", message, as_json)
         sys.exit(2)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from modelwright.cli.output import free_folder
 from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
 from modelwright.core.errors import UserError
@@ -42,7 +43,7 @@ def run_demo(
     except ValueError:
         raise UserError(f"tokens={tokens!r} does not fit", "it must be a whole number", "write 300k") from None
     source = Checkpoint(base)
-    folder = _free(Path(to))
+    folder = free_folder(Path(to))
     folder.mkdir(parents=True)
     context = min(CONTEXT, int(source.hf_config.max_position_embeddings))
     with progress.task("texts"):
@@ -81,14 +82,6 @@ def run_demo(
         report.print()
         print(f"\nreport  {folder / 'report.html'}\nmodels  {folder / 'moe'}  {folder / 'dense'}")
     return numbers
-
-
-def _free(folder: Path) -> Path:
-    """The folder itself, or the first of folder-2, folder-3, ... that is not there."""
-    n, found = 2, folder
-    while found.exists():
-        found, n = folder.with_name(f"{folder.name}-{n}"), n + 1
-    return found
 
 
 def _texts(source: Checkpoint, base: str, data: str | None, folder: Path, context: int, seed: int) -> dict[str, Path]:

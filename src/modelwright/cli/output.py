@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,6 +46,14 @@ def print_error(what: str, why: str, how: str, text: str, as_json: bool) -> None
     if as_json:
         print_json({"error": {"what": what, "why": why, "how": how}})
     typer.secho(writable(f"error: {visible(text)}", sys.stderr), fg="red", err=True)
+
+
+def free_folder(folder: Path) -> Path:
+    """The folder itself, or the first of folder-2, folder-3, ... that is not there."""
+    n, found = 2, folder
+    while found.exists():
+        found, n = folder.with_name(f"{folder.name}-{n}"), n + 1
+    return found
 
 
 @contextmanager
