@@ -188,6 +188,43 @@ def test_gradient_checkpointing_and_a_second_backward_pass() -> None:
     torch.testing.assert_close(gu.grad, 2 * once)
 
 
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_pending_list_is_followed_once(parallel: bool) -> None:
+    """The call after it follows its own arguments again."""
+    from modelwright.moe.parallel import gather, spread
+
+    model = spread(model_of("mixtral")) if parallel else use(model_of("mixtral"))
+    module = model.model.layers[0].mlp.experts
+    x, index, w = torch.randn(7, 32), torch.randint(0, 2, (7, 2)), torch.rand(7, 2)
+    own = module(x, index, w)
+    other = Routing.of(torch.zeros(7, 4), torch.zeros(7, 4), index + 2, w)
+    execute.PENDING[module] = other
+    first, second = module(x, index, w), module(x, index, w)
+    assert module not in execute.PENDING and torch.equal(second, own) and not torch.allclose(first, own)
+    torch.testing.assert_close(first, module(x, index + 2, w))
+    if parallel:
+        gather(model)
+
+
+def test_a_list_that_nobody_took_does_not_reach_the_next_pass() -> None:
+    """A pass that breaks off between a router and its experts."""
+    from modelwright.moe.reroute import rerouted
+
+    model, ids = use(model_of("mixtral")), torch.randint(3, 96, (2, 9))
+    want, mlp = model(ids).logits, model.model.layers[0].mlp
+    send = [True]
+
+    def change(layer, logits, weights, index, real):
+        return Routing.of(logits, logits.softmax(-1), 3 - index, weights) if send[0] else None
+
+    with rerouted(model, change):
+        mlp.gate(torch.randn(18, 32))  # the router alone: its list stays
+        assert mlp.experts in execute.PENDING
+        send[0] = False
+        assert torch.equal(model(ids).logits, want)
+    assert not len(execute.PENDING)
+
+
 def test_generation_is_the_same() -> None:
     model, ids = model_of("qwen3_moe"), torch.randint(3, 96, (2, 5))
     want = model.generate(ids, max_new_tokens=6, do_sample=False)

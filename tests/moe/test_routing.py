@@ -133,6 +133,17 @@ def test_expert_choice_loads_are_equal_and_a_causal_model_is_warned() -> None:
     torch.testing.assert_close(sums[sums > 0], torch.ones(int((sums > 0).sum())), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize(("tokens", "factor", "slots"), [(10, 1.0, 3), (30, 2.5, 19), (8, 1.0, 2), (3, 0.1, 1), (2, 9.0, 2)])
+def test_expert_choice_rounds_its_capacity_up_and_takes_no_token_twice(tokens: int, factor: float, slots: int) -> None:
+    """C = ceil(T factor / E) with 4 experts, and at most all tokens."""
+    routing = expert_choice(torch.randn(tokens, 4), factor, causal=False)
+    assert routing.counts().tolist() == [slots] * 4 and routing.asked == 4 * slots
+    assert len(set(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))) == 4 * slots
+    real = torch.arange(tokens + 5) < tokens  # padding does not raise it
+    padded = expert_choice(torch.randn(tokens + 5, 4), factor, causal=False, real=real)
+    assert padded.counts().tolist() == [slots] * 4 and int(padded.token.max()) < tokens
+
+
 def test_output_of_a_token_depends_on_others_only_under_a_capacity() -> None:
     x, y = torch.randn(12, 16), torch.randn(12, 16)
     y[0] = x[0]
