@@ -24,7 +24,7 @@ autocast's type, so weights that are kept in fp32 for training are multiplied in
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -188,7 +188,7 @@ def activation(module: Any) -> Any:
 
 # A routing list that a module's next call follows instead of its arguments; see modelwright.moe.reroute
 PENDING: WeakKeyDictionary[nn.Module, Routing] = WeakKeyDictionary()
-FOLLOWERS = {NAME}  # the executors that look there
+LOADED: WeakSet[nn.Module] = WeakSet()  # experts that lie on several processes and look there; see modelwright.moe.parallel
 
 
 def is_plain(module: Any) -> bool:
