@@ -84,38 +84,55 @@ class Read:
     def received(self, queries: np.ndarray | int, causal: bool = True) -> Tensor:
         """Attention that each token gets from the last `queries` ones (a number, or one per row and head), summed over them and over
         the heads of a group: (B, G, T)."""
-        (B, H, w, d), (K, T), device = self.q.shape, self.k.shape[1:3], self.k.device
-        wanted = np.minimum(np.atleast_2d(queries), np.minimum(self.real, w))  # a padded query sees nothing
-        wanted = wanted.repeat(K // self.heads if wanted.shape[1] > 1 else 1, 1)  # (B or 1, K or 1)
-        most, g = int(wanted.max()), H // K
-        out, least = torch.zeros(B, K, T, device=device), torch.finfo(torch.float32).min
+        (B, H, _, _), (K, T), device = self.q.shape, self.k.shape[1:3], self.k.device
+        wanted = self._wanted(queries)  # (B or 1, K or 1)
+        most, group = int(wanted.max()), H // K
+        received = torch.zeros(B, K, T, device=device)
         if self.attend and causal:
-            self.attended = self.v.new_empty(B, K, g, most, self.v.shape[3])  # values may have a width of their own
+            self.attended = self.v.new_empty(B, K, group, most, self.v.shape[3])  # values may have a width of their own
         step = self.block or max(32, (_ON_CPU if device.type == "cpu" else _ELSEWHERE) // (B * H * T))
-        ahead = torch.ones(step, step, dtype=torch.bool, device=device).triu(1)
         room = torch.empty(B * H * min(step, most) * T, device=device)  # one for all blocks: fresh memory costs more than a product
-        for at in range(T - most, T, step):  # the position of the first query of a block of b
-            b = min(step, T - at)
-            seen = at + b if causal else T
-            q = (self.q[:, :, at - T + w : at + b - T + w] * self.scale).reshape(B, K, g * b, d)
-            s = room[: B * H * b * seen].view(B, K, g * b, seen)
-            if q.dtype == s.dtype:
-                torch.matmul(q, self.k[:, :, :seen].transpose(2, 3), out=s)
-            else:
-                s.copy_(q @ self.k[:, :, :seen].transpose(2, 3))
-            if self.softcap:
-                s.div_(self.softcap).tanh_().mul_(self.softcap)
-            if causal:
-                s.view(B, K, g, b, seen)[..., at:].masked_fill_(ahead[:b, :b], least)
-            if self.lengths:
-                s.masked_fill_(self.place[..., None, :seen] < 0, least)
-            p = torch.softmax(s, -1, out=s)
-            counted = torch.arange(at, at + b, device=device) >= T - self.tensor(wanted)  # (B or 1, K or 1, b)
-            out[..., :seen] += (counted.float().repeat(1, 1, g).expand(B, K, -1)[:, :, None] @ p)[:, :, 0]
+
+        for first in range(T - most, T, step):  # position of a block's first query
+            last = min(first + step, T)
+            weights = self._weights(first, last, causal, room)  # (B, K, H / K * queries, keys)
+            keys = weights.shape[3]
+            counted = torch.arange(first, last, device=device) >= T - self.tensor(wanted)  # (B or 1, K or 1, queries)
+            counted = counted.float().repeat(1, 1, group).expand(B, K, -1)[:, :, None]
+            received[..., :keys] += (counted @ weights)[:, :, 0]
             if self.attended is not None:
-                y = p.to(self.v.dtype) @ self.v[:, :, :seen]
-                self.attended[..., at - T + most : at + b - T + most, :] = y.view(B, K, g, b, -1)
-        return self.shared(out)
+                given = weights.to(self.v.dtype) @ self.v[:, :, :keys]
+                at = slice(first - T + most, last - T + most)
+                self.attended[..., at, :] = given.view(B, K, group, last - first, -1)
+        return self.shared(received)
+
+    def _wanted(self, queries: np.ndarray | int) -> np.ndarray:
+        """How many of the last queries count for each row and key-value head, (B or 1, K or 1); a padded query sees nothing."""
+        K, window = self.k.shape[1], self.q.shape[2]
+        wanted = np.minimum(np.atleast_2d(queries), np.minimum(self.real, window))
+        return wanted.repeat(K // self.heads, 1) if wanted.shape[1] > 1 else wanted
+
+    def _weights(self, first: int, last: int, causal: bool, room: Tensor) -> Tensor:
+        """Attention weights (B, K, H / K * n, keys) in fp32 of the n queries at the positions first to last, written into `room`.
+
+        causal: a query sees no later key, so keys after the block are left out; else there are T of them."""
+        (B, H, window, d), (K, T), n = self.q.shape, self.k.shape[1:3], last - first
+        keys, least = last if causal else T, torch.finfo(torch.float32).min
+        q = self.q[:, :, first - T + window : last - T + window] * self.scale
+        q = q.reshape(B, K, H // K * n, d)
+        scores = room[: B * H * n * keys].view(B, K, H // K * n, keys)
+        if q.dtype == scores.dtype:
+            torch.matmul(q, self.k[:, :, :keys].transpose(2, 3), out=scores)
+        else:
+            scores.copy_(q @ self.k[:, :, :keys].transpose(2, 3))
+        if self.softcap:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if causal:  # every query of the block sees all keys before the block
+            later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            scores.view(B, K, H // K, n, keys)[..., first:].masked_fill_(later, least)
+        if self.lengths:
+            scores.masked_fill_(self.place[..., None, :keys] < 0, least)
+        return torch.softmax(scores, -1, out=scores)
 
     def noise(self, seed: int) -> Tensor:
         """Uniform draws (B or 1, G, T) for this layer. They belong to a token's place in its row, so that neither the batch nor
