@@ -101,7 +101,7 @@ def one(case: Case, group: Any, which: int) -> dict[str, Any]:
         "y": y.detach(),
         **{f"d {n}": g for n, g in zip(NAMES, grads, strict=True)},
         **{n: getattr(routing, n).detach() for n in ("token", "expert", "source", "weight", "probs")},
-        "asked": routing.asked,
+        "asked": routing.num_assignments,
         "sent": sent[0],
     }
 

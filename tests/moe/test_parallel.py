@@ -94,7 +94,7 @@ def test_processes_are_the_simulated_ranks(name: str, group) -> None:
     rows = lambda r, start: set(zip((r["token"] + start).tolist(), r["expert"].tolist(), r["source"].tolist(), strict=True))  # noqa: E731
     simulated, longest = want["routing"], max(case.sizes)
     assert set.union(*(rows(p, i * longest) for i, p in enumerate(parts))) == rows(vars(simulated), 0)
-    assert sum(p["asked"] for p in parts) == simulated.asked
+    assert sum(p["asked"] for p in parts) == simulated.num_assignments
     assert torch.equal(torch.cat([p["probs"] for p in parts]), simulated.probs[want["place"]])
 
 

@@ -149,8 +149,8 @@ def test_padding_takes_no_slot_and_counts_nowhere() -> None:
     kept = place(index, 8, slots, real=real)
     assert torch.equal(kept[real], place(index[real], 8, slots)) and not kept[~real].any()
     routing = Routing.of(p.log(), p, index, weights, kept, real)
-    assert real[routing.token].all() and routing.asked == 2 * int(real.sum())
-    assert routing.record().dropped == routing.asked - int(kept.sum())
+    assert real[routing.token].all() and routing.num_assignments == 2 * int(real.sum())
+    assert routing.record().dropped == routing.num_assignments - int(kept.sum())
 
 
 def test_expert_choice_loads_are_equal_and_a_causal_model_is_warned() -> None:
@@ -170,7 +170,7 @@ def test_expert_choice_loads_are_equal_and_a_causal_model_is_warned() -> None:
 def test_expert_choice_rounds_its_capacity_up_and_takes_no_token_twice(tokens: int, factor: float, slots: int) -> None:
     """C = ceil(T factor / E) with 4 experts, and at most all tokens."""
     routing = expert_choice(torch.randn(tokens, 4), factor, causal=False)
-    assert routing.counts().tolist() == [slots] * 4 and routing.asked == 4 * slots
+    assert routing.counts().tolist() == [slots] * 4 and routing.num_assignments == 4 * slots
     assert len(set(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))) == 4 * slots
     real = torch.arange(tokens + 5) < tokens  # padding does not raise it
     padded = expert_choice(torch.randn(tokens + 5, 4), factor, causal=False, real=real)

@@ -48,10 +48,10 @@ class Adapters:
     def __call__(self, x: Tensor, of: Tensor) -> Tensor:
         """Each token x (T, d) through the adapter of its set, of (T,)."""
         order = of.argsort(stable=True)
-        ends = of.bincount(minlength=len(self.down)).cumsum(0, dtype=torch.int32)
+        offsets = of.bincount(minlength=len(self.down)).cumsum(0, dtype=torch.int32)
         which = of.index_select(0, order)
-        h = F.relu(Product.apply(x.index_select(0, order).to(self.down.dtype), self.down, ends) + self.down_bias.index_select(0, which))
-        y = Product.apply(h.to(self.up.dtype), self.up, ends) + self.up_bias.index_select(0, which)
+        h = F.relu(Product.apply(x.index_select(0, order).to(self.down.dtype), self.down, offsets) + self.down_bias.index_select(0, which))
+        y = Product.apply(h.to(self.up.dtype), self.up, offsets) + self.up_bias.index_select(0, which)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return y.index_select(0, back).to(x.dtype)
 

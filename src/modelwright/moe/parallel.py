@@ -88,7 +88,7 @@ def rectify_over(logits: Tensor, k: int, *, group: Group = None, real: Tensor | 
         source=routing.source[own],
         logits=logits,
         probs=routing.probs[start : start + T],
-        asked=(T if real is None else int(real.sum())) * k,
+        num_assignments=(T if real is None else int(real.sum())) * k,
         real=real,
     )
 
@@ -133,7 +133,7 @@ def execute_over(
     y = experts(here, index, here.new_ones(len(here), 1), gate_up, down, act)
     back = _Exchange.apply(y, take, give, group) * weight[:, None]
     out = back.new_zeros(x.shape).index_add(0, token, back).to(x.dtype)
-    return out if routing.past is None else out + (routing.past[:, None] * x).to(out.dtype)
+    return out if routing.passed_by is None else out + (routing.passed_by[:, None] * x).to(out.dtype)
 
 
 # ---- stock models ----------------------------------------------------------------------------------------------------

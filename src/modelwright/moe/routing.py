@@ -40,10 +40,10 @@ class Routing:
     source: Tensor  # (R,) why it is here
     logits: Tensor  # (T, E)
     probs: Tensor  # (T, E)
-    asked: int  # slots before anything was dropped
+    num_assignments: int  # slots before anything was dropped
     real: Tensor | None = None  # (T,) bool, False for padding
     k: int = 0  # every token has exactly k rows, one after another; 0: ragged
-    past: Tensor | None = None  # (T,) weight at which a token's input itself is added: what passes by the experts
+    passed_by: Tensor | None = None  # (T,) weight at which a token's input itself is added: what passes by the experts
 
     @staticmethod
     def of(
@@ -51,7 +51,7 @@ class Routing:
     ) -> "Routing":
         """The list of a (T, k) choice; `kept` (T, k) bool leaves rows out, `real` (T,) bool leaves tokens out."""
         T, k = index.shape
-        asked = T * k if real is None else int(real.sum()) * k
+        num_assignments = T * k if real is None else int(real.sum()) * k
         if real is not None:
             kept = real[:, None].expand(T, k) if kept is None else kept & real[:, None]
         if kept is None:
@@ -61,7 +61,7 @@ class Routing:
             token, slot = kept.nonzero(as_tuple=True)
             flat = index[token, slot], weights[token, slot]
         source = torch.full_like(token, CHOSEN, dtype=torch.uint8)
-        return Routing(token, *flat, source, logits, probs, asked, real, k if kept is None else 0)
+        return Routing(token, *flat, source, logits, probs, num_assignments, real, k if kept is None else 0)
 
     def plus(self, token: Tensor, expert: Tensor, weight: Tensor, source: int) -> "Routing":
         """The list with rows added."""
@@ -81,7 +81,9 @@ class Routing:
     def record(self) -> "RoutingRecord":
         """What happened, without gradients."""
         chosen = int((self.source == CHOSEN).sum())
-        return RoutingRecord(self.logits.detach(), self.probs.detach(), self.counts(), self.asked, self.asked - chosen, self.real)
+        return RoutingRecord(
+            self.logits.detach(), self.probs.detach(), self.counts(), self.num_assignments, self.num_assignments - chosen, self.real
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class RoutingRecord:
     logits: Tensor  # (T, E)
     probs: Tensor  # (T, E)
     counts: Tensor  # (E,) rows that each expert worked on
-    asked: int  # slots that were asked for
+    num_assignments: int  # slots that the choices ask for
     dropped: int  # of them not served by the chosen expert
     real: Tensor | None = None  # (T,) bool
     index: Tensor | None = None  # (T, k) where every token has k experts

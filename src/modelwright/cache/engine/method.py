@@ -68,7 +68,7 @@ class Read:
         return np.array(self.lengths or [self.k.shape[2]])[:, None]
 
     @cached_property
-    def place(self) -> Tensor:
+    def position(self) -> Tensor:
         """Position of each column in its row, negative where padded: (B or 1, 1, T)."""
         return torch.arange(self.k.shape[2], device=self.k.device) - (self.k.shape[2] - self.tensor(self.real))
 
@@ -76,10 +76,10 @@ class Read:
         """Numbers per row and head, (B or 1, G or 1), as a tensor that broadcasts over (B, G, T)."""
         return torch.as_tensor(values, device=self.k.device)[..., None]
 
-    def ends(self, first: np.ndarray | int, last: np.ndarray | int) -> Tensor:
+    def at_the_ends(self, first: np.ndarray | int, last: np.ndarray | int) -> Tensor:
         """Which columns are among the first or the last so many of their row: (B or 1, G or 1, T)."""
         first, last = np.atleast_2d(first), np.atleast_2d(last)
-        return (self.place >= 0) & ((self.place < self.tensor(first)) | (self.place >= self.tensor(self.real - last)))
+        return (self.position >= 0) & ((self.position < self.tensor(first)) | (self.position >= self.tensor(self.real - last)))
 
     def received(self, queries: np.ndarray | int, causal: bool = True) -> Tensor:
         """Attention that each token gets from the last `queries` ones (a number, or one per row and head), summed over them and over
@@ -131,7 +131,7 @@ class Read:
             later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
             scores.view(B, K, H // K, n, keys)[..., first:].masked_fill_(later, least)
         if self.lengths:
-            scores.masked_fill_(self.place[..., None, :keys] < 0, least)
+            scores.masked_fill_(self.position[..., None, :keys] < 0, least)
         return torch.softmax(scores, -1, out=scores)
 
     def noise(self, seed: int) -> Tensor:
@@ -140,7 +140,7 @@ class Read:
         T, G = self.k.shape[2], self.heads
         generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) % 2**63)
         u = torch.rand(T, G, generator=generator).to(self.k.device)  # (T, G): its beginning does not depend on T
-        return u[self.place[:, 0].clamp(min=0)].transpose(1, 2)
+        return u[self.position[:, 0].clamp(min=0)].transpose(1, 2)
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -241,7 +241,7 @@ class Method(ABC):
             )
         score = self.score(read).expand(B, G, T)
         if read.lengths:
-            score = score.masked_fill(read.place < 0, -torch.inf)
+            score = score.masked_fill(read.position < 0, -torch.inf)
         kept = highest(score, read.tensor(counts))
         columns = kept.nonzero()[:, 2]  # row by row, ascending
         n = int(counts.max())

@@ -98,8 +98,8 @@ class NACL(Method):
         first, last, chosen, proxies = self.split(read.counts, read.real)
         F = read.received(proxies, causal=self.compat != "official")
         if read.lengths:
-            F = F.masked_fill(read.place < 0, -torch.inf)
-        F = F.masked_fill(read.ends(first, last), torch.inf)
+            F = F.masked_fill(read.position < 0, -torch.inf)
+        F = F.masked_fill(read.at_the_ends(first, last), torch.inf)
         top = highest(F, read.tensor(first + last + chosen))
         return torch.where(top, torch.inf, F - torch.log(-torch.log(read.noise(self.seed))))
 
