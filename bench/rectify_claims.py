@@ -48,7 +48,7 @@ def judged(model: Any, k: int, options: dict[str, Any]) -> dict[str, float]:
     def change(layer: int, logits: Tensor, weights: Tensor, index: Tensor, real: Tensor | None) -> Routing:
         nonlocal asked, chosen, tokens, bare
         routing = rectify(logits, k, real=real, **options)
-        asked, chosen = asked + routing.asked, chosen + int((routing.source == CHOSEN).sum())
+        asked, chosen = asked + routing.num_assignments, chosen + int((routing.source == CHOSEN).sum())
         served = routing.token.bincount(minlength=len(logits)) > 0
         tokens, bare = tokens + len(served), bare + int((~served).sum())
         return routing

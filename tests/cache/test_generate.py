@@ -1,13 +1,20 @@
 """cache.generate from the command line: what it writes, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from modelwright.cache.evictors.names import METHODS
 from modelwright.cli import app as cli
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.writer import Built, write_model
+from modelwright.models.causal import cast_weights
+from modelwright.models.rmoe import RMoEConfig, RMoEForCausalLM
 
 PROMPT = "def read(self, size=-1):\n    return self.buffer[:size]\n" * 5
 
@@ -29,6 +36,18 @@ def test_every_method_answers_and_keeps_its_budget(name: str, tmp_path: Path, ca
     token = 4 * 2 * 2 * 32 * 4  # layers, key and value, heads, width, bytes
     assert m["full_cache_bytes"] == (m["prompt_tokens"] + 3) * token
     assert abs(m["cache_bytes"] / token - 3 - m["prompt_tokens"] / 4) <= 1 and m["same_tokens"] >= 1
+
+
+def test_a_fresh_process_answers_with_a_bf16_mixture_of_our_own_and_of_odd_width(tmp_path: Path) -> None:
+    """Nothing else has made our classes known there, or mended transformers' grouped product."""
+    sizes = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 42, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = RMoEForCausalLM(RMoEConfig(**sizes, num_key_value_heads=2, num_local_experts=4, router_width=4, pad_token_id=0))
+    cast_weights(model, torch.bfloat16)
+    write_model(Built(model, source=Checkpoint("seedling")), tmp_path, 1 << 30)
+    command = [sys.executable, "-m", "modelwright", "cache", "generate", "--base", tmp_path, "--prompt", PROMPT, "--max-new-tokens", "2"]
+    done = subprocess.run([*map(str, command), "--json"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["metrics"]["new_tokens"] == 2
 
 
 def test_keeping_all_answers_as_the_full_cache(capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,22 @@ def test_residual_adds_the_previous_layer_s_probabilities_to_the_scores() -> Non
     torch.testing.assert_close(weights, scores.gather(1, index) / scores.gather(1, index).sum(1, keepdim=True))
 
 
+def test_what_a_residual_adds_is_the_probabilities_and_not_the_scores_handed_on() -> None:
+    """From the third router on the two differ: scores would carry the first router's share on and on."""
+    cell, x = RouterCell(6), torch.randn(50, 16)
+    routers = [RecurrentRouter(16, 6, 4, 2, "none", 0.5) for _ in range(3)]
+    for router in routers:
+        torch.nn.init.normal_(router.weight)
+    state, probs = routers[0].begin(x, cell), []
+    for router in routers:
+        logits, weights, index, state = router(x, state, cell)
+        probs.append(logits.softmax(-1))
+    scores = probs[2] + 0.5 * probs[1]
+    assert torch.equal(index, scores.topk(2).indices)
+    torch.testing.assert_close(weights, scores.gather(1, index) / scores.gather(1, index).sum(1, keepdim=True))
+    assert not torch.equal((scores + 0.25 * probs[0]).topk(2).indices, index)
+
+
 def test_parameter_count_of_the_published_model_is_3_59_million() -> None:
     assert extra_parameters(p=128, d=1280, experts=16, layers=24) == 3_588_864
     model, plain = _model(3), 3 * 4 * 32

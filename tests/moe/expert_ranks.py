@@ -10,12 +10,16 @@ from unittest import mock
 import torch
 import torch.distributed
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from families import model_of
+from modelwright.core.errors import UserError
 from modelwright.core.train import dist
-from modelwright.moe.parallel import execute_over, gather, rectify_over, share, spread, sum_gradients
+from modelwright.moe import parallel
+from modelwright.moe.parallel import execute_over, rectify_over, share
 from modelwright.moe.reroute import rerouted
 from modelwright.moe.routing import Routing, score, select
 
@@ -97,7 +101,7 @@ def one(case: Case, group: Any, which: int) -> dict[str, Any]:
         "y": y.detach(),
         **{f"d {n}": g for n, g in zip(NAMES, grads, strict=True)},
         **{n: getattr(routing, n).detach() for n in ("token", "expert", "source", "weight", "probs")},
-        "asked": routing.asked,
+        "asked": routing.num_assignments,
         "sent": sent[0],
     }
 
@@ -151,28 +155,39 @@ def run(model: Any, stock: Stock, part: dict[str, Tensor], rectify: Any) -> Tens
 
 
 def bytes_of_experts(model: Any) -> int:
-    return sum(p.untyped_storage().nbytes() for n, p in model.named_parameters() if ".experts." in n)
+    """What this process holds of them. A storage may say more: it is the whole file's, of which only this part is read."""
+    local = [getattr(p, "_local_tensor", p) for n, p in model.named_parameters() if ".experts." in n]
+    return sum(t.numel() * t.element_size() for t in local)
 
 
 def one_model(stock: Stock, group: Any, folder: Path) -> dict[str, Any]:
-    """This process's part of a model's pass, the gradients, and the memory; the first process saves the gathered model."""
-    model, source = (model_of(stock.family) for _ in range(2))
-    rank, before = torch.distributed.get_rank(group), model.config._experts_implementation
-    spread(model, group)
-    part = {n: t.split(ROWS)[rank] for n, t in batch(stock).items()}
-    part = {n: t[:, : int(part["mask"].sum(1).max())] for n, t in part.items()}
+    """This process's part of a model's pass, the gradients, and the memory; then all of them save the model together."""
+    source, n, world = model_of(stock.family), stock.processes, torch.distributed.get_world_size()
+    if dist.rank() == 0:
+        source.save_pretrained(folder / "base")
+    dist.barrier()
+    config = DistributedConfig(dp_replicate_size=world // n, fsdp_size=n, ep_size=n, ep_implementation=parallel.NAME)
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=config)
+    part = {name: t.split(ROWS)[torch.distributed.get_rank(group)] for name, t in batch(stock).items()}
+    part = {name: t[:, : int(part["mask"].sum(1).max())] for name, t in part.items()}
     found = {"bytes": bytes_of_experts(model), "logits": run(model, stock, part, lambda *a, **o: rectify_over(*a, group=group, **o))}
-    sum_gradients(model)
-    found |= {f"d {n}": p.grad for n, p in model.named_parameters()}
+    found |= {f"d {name}": p.grad.full_tensor() * n for name, p in model.named_parameters()}  # theirs is the mean
     prompt = part["ids"][:1, : int(part["mask"][0].sum())]
     continued = [m.eval().generate(prompt, max_new_tokens=4, do_sample=False, synced_gpus=True) for m in (model, source)]
     found["continues"] = torch.equal(*continued)
-    gather(model)
-    found["back"] = all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), source.state_dict().values(), strict=True))
-    found["back"] &= model.config._experts_implementation == before
-    if dist.rank() == 0:
-        model.save_pretrained(folder)
+    model.save_pretrained(folder)
     return found
+
+
+def refused(folder: Path) -> str:
+    """What is said where transformers brings the tokens, which follows no list."""
+    config = DistributedConfig(fsdp_size=torch.distributed.get_world_size(), ep_size=torch.distributed.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", distributed_config=config)
+    try:
+        with rerouted(model, lambda *a: None):
+            return ""
+    except UserError as error:
+        return str(error)
 
 
 def main(folder: Path, processes: int) -> None:
@@ -183,6 +198,7 @@ def main(folder: Path, processes: int) -> None:
     found = {name: one(case, groups[which], which) for name, case in CASES.items()}
     for name, stock in STOCK.items():
         found[name] = one_model(stock, groups[which] if stock.processes == 2 else None, folder / name)
+    found["refused"] = {"words": refused(folder / "mixtral")}
     torch.save(found, folder / f"{dist.rank()}.pt")
     dist.end()
 

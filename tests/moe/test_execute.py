@@ -1,6 +1,7 @@
 """The executor: equal to transformers' own on every layout, exact gradients, and right where the others stop."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_native_and_own_products_agree(monkeypatch) -> None:
     y = experts(*args)
     assert len(seen) == 2, "torch's kernel is used where it can be"
     first = torch.autograd.grad(y.square().sum(), [args[0], *args[2:]])
-    monkeypatch.setattr(execute, "native", lambda *w: False)
+    monkeypatch.setattr(execute, "supports_grouped_mm", lambda *w: False)
     second = torch.autograd.grad(experts(*args).square().sum(), [args[0], *args[2:]])
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -186,6 +187,44 @@ def test_gradient_checkpointing_and_a_second_backward_pass() -> None:
     once = gu.grad.clone()
     y.backward()
     torch.testing.assert_close(gu.grad, 2 * once)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_pending_list_is_followed_once(parallel: bool) -> None:
+    """The call after it follows its own arguments again."""
+    from modelwright.moe.parallel import Lists
+
+    module = use(model_of("mixtral")).model.layers[0].mlp.experts
+    run = module
+    if parallel:  # in one process
+        run = Lists.__new__(Lists)
+        run.module, run.ep_mesh = module, SimpleNamespace(size=lambda: 1, get_group=lambda: None)
+    x, index, w = torch.randn(7, 32), torch.randint(0, 2, (7, 2)), torch.rand(7, 2)
+    own = run(x, index, w)
+    other = Routing.of(torch.zeros(7, 4), torch.zeros(7, 4), index + 2, w)
+    execute.PENDING[module] = other
+    first, second = run(x, index, w), run(x, index, w)
+    assert module not in execute.PENDING and torch.equal(second, own) and not torch.allclose(first, own)
+    torch.testing.assert_close(first, run(x, index + 2, w))
+
+
+def test_a_list_that_nobody_took_does_not_reach_the_next_pass() -> None:
+    """A pass that breaks off between a router and its experts."""
+    from modelwright.moe.reroute import rerouted
+
+    model, ids = use(model_of("mixtral")), torch.randint(3, 96, (2, 9))
+    want, mlp = model(ids).logits, model.model.layers[0].mlp
+    send = [True]
+
+    def change(layer, logits, weights, index, real):
+        return Routing.of(logits, logits.softmax(-1), 3 - index, weights) if send[0] else None
+
+    with rerouted(model, change):
+        mlp.gate(torch.randn(18, 32))  # the router alone: its list stays
+        assert mlp.experts in execute.PENDING
+        send[0] = False
+        assert torch.equal(model(ids).logits, want)
+    assert not len(execute.PENDING)
 
 
 def test_generation_is_the_same() -> None:

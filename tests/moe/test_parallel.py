@@ -14,9 +14,8 @@ from expert_ranks import CASES, NAMES, STOCK, Case, E
 
 from families import model_of
 from modelwright.core.errors import UserError
-from modelwright.moe import parallel
 from modelwright.moe.execute import execute
-from modelwright.moe.parallel import execute_over, gather, rectify_over, share, spread, sum_gradients
+from modelwright.moe.parallel import Lists, execute_over, rectify_over, share
 from modelwright.moe.rectify import rectify
 from modelwright.moe.routing import CHOSEN, FILLED, LOCAL, capacity
 
@@ -95,7 +94,7 @@ def test_processes_are_the_simulated_ranks(name: str, group) -> None:
     rows = lambda r, start: set(zip((r["token"] + start).tolist(), r["expert"].tolist(), r["source"].tolist(), strict=True))  # noqa: E731
     simulated, longest = want["routing"], max(case.sizes)
     assert set.union(*(rows(p, i * longest) for i, p in enumerate(parts))) == rows(vars(simulated), 0)
-    assert sum(p["asked"] for p in parts) == simulated.asked
+    assert sum(p["asked"] for p in parts) == simulated.num_assignments
     assert torch.equal(torch.cat([p["probs"] for p in parts]), simulated.probs[want["place"]])
 
 
@@ -164,7 +163,7 @@ def test_without_other_processes_it_is_the_layer_itself() -> None:
 
 # ---- stock models ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", STOCK)
-def test_a_spread_model_is_the_stock_one(name: str, ranks: list[dict[str, Found]], folder: Path, tmp_path: Path) -> None:
+def test_a_model_laid_on_processes_is_the_stock_one(name: str, ranks: list[dict[str, Found]], folder: Path, tmp_path: Path) -> None:
     stock, model = STOCK[name], model_of(STOCK[name].family)
     model.save_pretrained(tmp_path)
     whole, n = expert_ranks.bytes_of_experts(model), STOCK[name].processes
@@ -173,37 +172,30 @@ def test_a_spread_model_is_the_stock_one(name: str, ranks: list[dict[str, Found]
         parts = [p[name] for p in ranks[start : start + n]]
         for mine, p in zip(want.split(expert_ranks.ROWS), parts, strict=True):
             torch.testing.assert_close(p["logits"], mine[:, : p["logits"].shape[1]], rtol=0, atol=1e-5)
-            assert p["bytes"] * n == whole and p["back"] and p["continues"]
+            assert p["bytes"] * n == whole and p["continues"]
         for path, weight in model.named_parameters():
-            grads = [p[f"d {path}"] for p in parts]
             scale = max(float(weight.grad.abs().max()), 1.0)
-            for g in [torch.cat(grads)] if ".experts." in path else grads:
+            for g in (p[f"d {path}"] for p in parts):
                 torch.testing.assert_close(g / scale, weight.grad / scale, rtol=0, atol=1e-5, msg=lambda m, path=path: f"{path}: {m}")
     assert (folder / name / "model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_one_process_spreads_and_gathers_too() -> None:
-    model, ids = model_of("mixtral"), torch.arange(3, 13)[None]
-    want, before = model(ids).logits, model.config._experts_implementation
-    torch.testing.assert_close(spread(model)(ids).logits, want, rtol=0, atol=1e-5)
-    with pytest.raises(UserError, match="spread already"):
-        spread(model)
-    assert model.config._experts_implementation == parallel.NAME != before
-    assert torch.equal(gather(model)(ids).logits, want) and model.config._experts_implementation == before
-    with pytest.raises(UserError, match="not spread"):
-        sum_gradients(model)
+def test_a_model_whose_tokens_go_where_the_router_sends_them_is_not_rerouted(ranks: list[dict[str, Found]]) -> None:
+    for found in ranks:
+        assert "MixtralExperts cannot follow another routing" in found["refused"]["words"]
+        assert 'ep_implementation="modelwright"' in found["refused"]["words"]
 
 
-def test_what_cannot_be_spread_is_refused_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    import transformers as T
+def test_experts_that_no_list_can_drive_are_refused() -> None:
+    from types import SimpleNamespace
 
-    wide = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 32, "head_dim": 8}
-    biased = T.GptOssForCausalLM(T.GptOssConfig(**wide, num_attention_heads=2, num_key_value_heads=1, num_local_experts=4))
-    with pytest.raises(UserError, match="GptOssExperts cannot be spread over processes, because its experts are not gated layers"):
-        spread(biased)
-    with pytest.raises(UserError, match="has no routers"):
-        spread(model_of("llama"))
-    monkeypatch.setattr(parallel, "_place", lambda group: (0, 3))
-    with pytest.raises(UserError, match="4 experts cannot lie on 3 ranks"):
-        spread(model := model_of("mixtral"))
-    assert len(model.model.layers[0].mlp.experts.down_proj) == 4 and model.config._experts_implementation != parallel.NAME
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    biased = GptOssExperts(GptOssConfig(hidden_size=16, intermediate_size=8, num_local_experts=4))
+    with pytest.raises(
+        UserError, match="GptOssExperts cannot be spread over processes by routing lists, because its experts are not gated"
+    ):
+        Lists(biased, None, None)
+    with pytest.raises(UserError, match="do not go with tensor parallelism"):
+        Lists(model_of("mixtral").model.layers[0].mlp.experts, None, SimpleNamespace(size=lambda: 2))

@@ -76,6 +76,37 @@ def test_every_token_s_weights_sum_to_1_and_rectified_ones_stay_on_their_rank() 
         assert local and all(t // 16 == e // 2 for t, e in local)
 
 
+def _numerators(routing, k: int) -> torch.Tensor:
+    """What a list's weights are before they are divided by their sum: p of kept rows, (K - n) p_h of rectified ones."""
+    kept = torch.zeros(len(routing.probs)).index_add(0, routing.token, (routing.source != LOCAL).float())
+    p = routing.probs[routing.token, routing.expert]
+    return torch.where(routing.source == LOCAL, (k - kept)[routing.token] * p, p)
+
+
+@pytest.mark.parametrize("fill_in", [False, True])
+@pytest.mark.parametrize("unrouted", [None, "all", "any", "ignore_last"])
+def test_a_rectified_row_weighs_for_all_the_choices_that_were_lost(fill_in: bool, unrouted: str | None) -> None:
+    routing = rectify(_logits(), 2, factor=0.4, fill_in=fill_in, unrouted=unrouted, ranks=4)
+    up = _numerators(routing, 2 + fill_in)
+    total = torch.zeros(64, dtype=torch.float64).index_add(0, routing.token, up)
+    torch.testing.assert_close(routing.weight, up / total[routing.token])
+
+
+@pytest.mark.parametrize(
+    ("fill_in", "most_kept"), [(True, {"all": 0, "ignore_last": 1, "any": 2}), (False, {"all": 0, "ignore_last": 0, "any": 1})]
+)
+def test_which_tokens_are_rectified(fill_in: bool, most_kept: dict[str, int]) -> None:
+    """A missing fill-in, the last choice, is no drop under ignore_last, which is the default with fill-ins; else any is."""
+    logits = _logits()
+    for unrouted, most in most_kept.items():
+        routing = rectify(logits, 2, factor=0.4, fill_in=fill_in, unrouted=unrouted)
+        kept = torch.zeros(64, dtype=torch.long).index_add(0, routing.token, (routing.source != LOCAL).long())
+        assert set(routing.token[routing.source == LOCAL].tolist()) == set((kept <= most).nonzero().flatten().tolist())
+        assert (kept == most).any()
+    default, named = (rectify(logits, 2, factor=0.4, fill_in=fill_in, unrouted=u) for u in (None, "ignore_last" if fill_in else "any"))
+    assert torch.equal(default.token, named.token) and torch.equal(default.weight, named.weight)
+
+
 def test_gradient_is_that_of_the_numerator_alone() -> None:
     logits = _logits(T=10).requires_grad_()
     routing = rectify(logits, 2, factor=0.5, fill_in=False, unrouted="any")

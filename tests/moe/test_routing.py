@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from families import model_of
 from modelwright.core.errors import UserError
+from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.moe.layer import ExpertChoice, Layer, TokenChoice
 from modelwright.moe.routing import Routing, capacity, expert_choice, place, score, select, top_k
 
@@ -47,6 +49,37 @@ def test_one_renormalised_expert_is_refused_and_plain_top_1_trains_the_router() 
     layer = Layer(TokenChoice(16, 4, 1), 16, 8, 4)
     layer(torch.randn(10, 16))[0].square().sum().backward()
     assert float(layer.router.weight.grad.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(("renormalise", "want"), [(False, [0.6439, 0.2369]), (True, [0.7311, 0.2689])])
+def test_softmax_is_over_all_experts_before_the_choice(renormalise: bool, want: list[float]) -> None:
+    """Megatron-LM#955, litgpt#1286, mlxcel#391: the two orders agree only where the chosen weights are renormalised."""
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]])
+    index, weights = select(logits.softmax(-1), 2, renormalise=renormalise)
+    assert index.tolist() == [[0, 1]] and weights[0].tolist() == pytest.approx(want, abs=5e-5)
+    assert float(weights.sum()) == pytest.approx(1.0 if renormalise else 0.8808, abs=5e-5)
+
+
+@pytest.mark.parametrize("renormalise", [False, True])
+def test_a_stock_router_s_own_flag_says_whether_weights_are_renormalised(renormalise: bool, tmp_path) -> None:
+    model = model_of("qwen2_moe", norm_topk_prob=renormalise)
+    model.save_pretrained(tmp_path)
+    again = Checkpoint(tmp_path).model()
+    assert again.config.norm_topk_prob == renormalise
+    gate, x = again.model.layers[0].mlp.gate, torch.randn(9, 32)
+    logits, weights, index = gate(x)
+    ours = select(logits.softmax(-1), 2, renormalise=renormalise)
+    assert torch.equal(index, ours[0])
+    torch.testing.assert_close(weights, ours[1])
+
+
+def test_top_1_weights_keep_their_axis_and_the_router_learns() -> None:
+    """minimind#858 and #859, megablocks#87: without the axis of k, weights were normalised over the tokens."""
+    logits = torch.randn(3, 4, requires_grad=True)
+    index, weights = select(logits.softmax(-1), 1, renormalise=False)
+    assert index.shape == weights.shape == (3, 1) and torch.equal(weights[:, 0], logits.softmax(-1).amax(1))
+    (gradient,) = torch.autograd.grad((weights * torch.tensor([[1.0], [2.0], [3.0]])).sum(), logits)
+    assert gradient.abs().sum(1).min() > 1e-3
 
 
 def test_selection_bias_moves_the_choice_and_not_the_weight() -> None:
@@ -116,8 +149,8 @@ def test_padding_takes_no_slot_and_counts_nowhere() -> None:
     kept = place(index, 8, slots, real=real)
     assert torch.equal(kept[real], place(index[real], 8, slots)) and not kept[~real].any()
     routing = Routing.of(p.log(), p, index, weights, kept, real)
-    assert real[routing.token].all() and routing.asked == 2 * int(real.sum())
-    assert routing.record().dropped == routing.asked - int(kept.sum())
+    assert real[routing.token].all() and routing.num_assignments == 2 * int(real.sum())
+    assert routing.record().dropped == routing.num_assignments - int(kept.sum())
 
 
 def test_expert_choice_loads_are_equal_and_a_causal_model_is_warned() -> None:
@@ -131,6 +164,17 @@ def test_expert_choice_loads_are_equal_and_a_causal_model_is_warned() -> None:
     assert routing.counts().tolist() == [10] * 4 and int(routing.token.max()) < 20
     sums = torch.zeros(30).index_add(0, routing.token, routing.weight)
     torch.testing.assert_close(sums[sums > 0], torch.ones(int((sums > 0).sum())), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(("tokens", "factor", "slots"), [(10, 1.0, 3), (30, 2.5, 19), (8, 1.0, 2), (3, 0.1, 1), (2, 9.0, 2)])
+def test_expert_choice_rounds_its_capacity_up_and_takes_no_token_twice(tokens: int, factor: float, slots: int) -> None:
+    """C = ceil(T factor / E) with 4 experts, and at most all tokens."""
+    routing = expert_choice(torch.randn(tokens, 4), factor, causal=False)
+    assert routing.counts().tolist() == [slots] * 4 and routing.num_assignments == 4 * slots
+    assert len(set(zip(routing.token.tolist(), routing.expert.tolist(), strict=True))) == 4 * slots
+    real = torch.arange(tokens + 5) < tokens  # padding does not raise it
+    padded = expert_choice(torch.randn(tokens + 5, 4), factor, causal=False, real=real)
+    assert padded.counts().tolist() == [slots] * 4 and int(padded.token.max()) < tokens
 
 
 def test_output_of_a_token_depends_on_others_only_under_a_capacity() -> None:

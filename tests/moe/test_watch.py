@@ -19,7 +19,7 @@ def test_records_are_the_model_s_own_routing(kind: str) -> None:
         model(input_ids=ids, attention_mask=real)
     assert seen.counts.sum(1).tolist() == [2 * 2 * 18] * 2
     record = seen.records[1]
-    assert record.asked == 36 and record.entropy().shape == (18,)
+    assert record.num_assignments == 36 and record.entropy().shape == (18,)
     hidden = []
     handle = routers(model)[1][1].register_forward_hook(lambda m, a, out: hidden.append(out[2]))
     model(input_ids=ids, attention_mask=real)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from families import model_of, sigmoid_moe
-from modelwright.core.data.rows import Rows
+from modelwright.core.data.rows import IGNORE, Rows, collate
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.train.loop import fit
+from modelwright.core.train.trainer import forward
 from modelwright.moe.watch import watch
 from modelwright.tune.balance import Balance, Knobs
 
@@ -18,6 +19,14 @@ from modelwright.tune.balance import Balance, Knobs
 def _rows(n: int = 16) -> Rows:
     ids = torch.randint(3, 96, (n, 12), generator=torch.Generator().manual_seed(0)).int()
     return Rows(ids, ids, torch.full((n,), 12))
+
+
+def _padded(filler: int) -> Rows:
+    """Rows of several lengths; what stands in their padding must not matter."""
+    ids, lengths = _rows().ids.clone(), torch.tensor([12, 3, 7, 5] * 4)
+    real = torch.arange(12) < lengths[:, None]
+    ids[~real] = filler
+    return Rows(ids, torch.where(real, ids, IGNORE), lengths)
 
 
 def _skewed(model=None):
@@ -48,6 +57,29 @@ def test_a_loss_balances_the_load(kind: str, tmp_path) -> None:
         _max_violation(_fit(Balance(Knobs(kind=kind, coefficient=c)), tmp_path / str(c), tokens=16 * 12 * 8).model) for c in (0.0, 3.0)
     )
     assert some < none - 0.2
+
+
+@pytest.mark.parametrize("kind", ["switch", "global", "sequence", "z", "cv"])
+def test_padding_is_neither_counted_nor_balanced(kind: str) -> None:
+    found = []
+    for filler in (0, 50):
+        t, model, rows = Balance(Knobs(kind=kind)), _skewed(), _padded(filler)
+        t.select(model, Anatomy(model), 0)
+        (term,) = t.terms()
+        batch = collate([rows[i] for i in range(8)])
+        batch["input_ids"] = rows.ids[:8, : batch["input_ids"].shape[1]].long()  # the filler too
+        t.before_batch(batch)
+        outputs = forward(model, batch)
+        found.append((t.step.counts.clone(), term.sums(batch, outputs).detach() / term.count(batch)))
+        t.facts()
+    assert torch.equal(found[0][0], found[1][0]) and found[0][0].sum(1).tolist() == [2 * 2 * (12 + 3 + 7 + 5)] * 2
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_the_whole_step_is_counted_without_its_padding(tmp_path) -> None:
+    t, model = Balance(Knobs(kind="global")), _skewed()
+    fit(model, _padded(0), Train(epochs=1.0, batch=2, accumulate=2, lr=1e-3, warmup=0.0), techniques=[t], evals={}, folder=tmp_path, seed=0)
+    assert t.total.sum(1).tolist() == [2 * 4 * (12 + 3 + 7 + 5)] * 2
 
 
 def test_z_loss_makes_logits_small(tmp_path) -> None:

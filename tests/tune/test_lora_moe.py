@@ -99,6 +99,24 @@ def test_mass_is_a_mean_over_real_tokens() -> None:
     torch.testing.assert_close(mass(w, real, "sum")[0], w[0, :3].sum(0))
 
 
+@pytest.mark.parametrize("kind", ["mean", "sum"])
+def test_the_constraint_of_a_batch_knows_no_padding_and_no_empty_row(kind: str) -> None:
+    t = LoraMoe(Knobs(mass=kind, types="kind", delta=0.3))
+    t.types = torch.tensor([0, 1, 1, 0])
+    (term,) = t.terms()
+    real = torch.arange(5) < torch.tensor([3, 5, 0, 1])[:, None]
+    batch = {"real": real, "example_id": torch.tensor([2, 0, 3, 1])}
+    gates = [torch.rand(4, 5, 6).softmax(-1) for _ in range(2)]
+    found = []
+    for noise in (0.0, 7.0):
+        t.sink[:] = [torch.where(real[..., None], w, w + noise * torch.rand_like(w)) for w in gates]
+        found.append(term.sums(batch, None))
+    assert torch.equal(*found)
+    q = [torch.stack([w[b][real[b]].sum(0) / (int(real[b].sum()) if kind == "mean" else 1) for b in (0, 1, 3)]) for w in gates]
+    want = sum(localized(each, torch.tensor([1, 0, 1]), delta=0.3) for each in q)
+    torch.testing.assert_close(found[0], want[None])
+
+
 def test_merged_is_the_layer_with_its_gate_fixed() -> None:
     layer, x = _layer(), torch.randn(5, 10, dtype=torch.float64)
     torch.nn.init.zeros_(layer.lora_route)  # a uniform gate

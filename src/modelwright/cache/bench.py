@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import modelwright.models  # noqa: F401 - our classes become known, and experts of any width run
 from modelwright.cache.engine.evict import evict
 from modelwright.cache.engine.measure import continued, fits_context
 from modelwright.cache.engine.suite import Items, make, solve

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+import modelwright.models  # noqa: F401 - our classes become known, and experts of any width run
 from modelwright.cache.engine.evict import evict
 from modelwright.cache.engine.measure import fits_context, nbytes
 from modelwright.cache.evictors.names import named

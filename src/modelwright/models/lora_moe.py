@@ -19,7 +19,7 @@ from modelwright.moe.lora import LoraMoeLinear, merged, wrap
 add_role(r"\.lora_(A|B|route)", "adapter")
 _SETTINGS = {"lora_moe_layers": list[str] | None, "lora_moe_experts": int, "lora_moe_r": int, "lora_moe_alpha": float}
 _DEFAULTS = {"lora_moe_layers": None, "lora_moe_experts": 6, "lora_moe_r": 4, "lora_moe_alpha": 32.0}
-OF: dict[str, tuple[Any, Any]] = {}  # base model_type -> config class, model class
+CLASSES: dict[str, tuple[Any, Any]] = {}  # base model_type -> config class, model class
 
 
 class _LoraMoe:
@@ -47,7 +47,7 @@ def _register(base: str) -> None:
     globals().update({config.__name__: config, name: model})
     AutoConfig.register(kind, config)
     AutoModelForCausalLM.register(config, model)
-    OF[old.model_type] = config, model
+    CLASSES[old.model_type] = config, model
 
 
 for _base in ("Llama", "Mistral", "Qwen2", "Qwen3"):
@@ -56,12 +56,12 @@ for _base in ("Llama", "Mistral", "Qwen2", "Qwen3"):
 
 def unlike(model: Any) -> str:
     """Why a model's kind has no class here, or nothing."""
-    return "" if model.config.model_type in OF else f"only {', '.join(OF)} models have a class that saves it"
+    return "" if model.config.model_type in CLASSES else f"only {', '.join(CLASSES)} models have a class that saves it"
 
 
 def packed(model: Any, names: list[str], layer: LoraMoeLinear) -> Any:
     """A stock model whose linear layers were wrapped, as the class that saves and loads them."""
-    config_class, model_class = OF[model.config.model_type]
+    config_class, model_class = CLASSES[model.config.model_type]
     settings = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "architectures")}
     settings |= {
         "lora_moe_layers": names,

@@ -113,12 +113,16 @@ class GlobalCounts:
         self.counts.zero_()
 
 
-def facts(counts: Tensor, asked: Tensor | int | None = None, dropped: Tensor | int = 0) -> dict[str, float]:
+def facts(counts: Tensor, num_assignments: Tensor | int | None = None, dropped: Tensor | int = 0) -> dict[str, float]:
     """What every report says of the load (layers, E): worst layer's MaxVio, mean load entropy / ln E, dead experts, share dropped."""
     load = counts.double() / counts.double().sum(1, keepdim=True).clamp(min=1)
     E = counts.shape[1]
     entropy = -torch.special.xlogy(load, load).sum(1) / torch.log(torch.tensor(float(max(E, 2))))
-    lost = float(torch.as_tensor(dropped).sum()) / max(float(torch.as_tensor(asked).sum()), 1) if asked is not None else 0.0
+    lost = (
+        float(torch.as_tensor(dropped).sum()) / max(float(torch.as_tensor(num_assignments).sum()), 1)
+        if num_assignments is not None
+        else 0.0
+    )
     return {
         "MaxVio": float((load.max(1).values * E - 1).max()),
         "load entropy": float(entropy.mean()),

@@ -24,7 +24,7 @@ autocast's type, so weights that are kept in fp32 for training are multiplied in
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +41,12 @@ from modelwright.moe.precision import computing
 from modelwright.moe.routing import Routing
 
 NAME = "modelwright"
-Ends = Tensor  # (E,) int32: where each expert's rows end
-Plan = tuple[Tensor, Tensor, Tensor | None, Ends]  # rows in order of expert, their tokens, the inverse order or None, ends
+Offsets = Tensor  # (E,) int32: where the rows of each expert end
+# rows in order of expert, their tokens, the inverse order or None, and where each expert's rows end
+Plan = tuple[Tensor, Tensor, Tensor | None, Offsets]
 
 
-def native(*weights: Tensor) -> bool:
+def supports_grouped_mm(*weights: Tensor) -> bool:
     """Whether torch's grouped_mm runs these weights (E, a, b): type, device, and strides of whole 16 bytes."""
     if not hasattr(F, "grouped_mm"):  # torch 2.9
         return False
@@ -62,24 +63,24 @@ def native(*weights: Tensor) -> bool:
     return True
 
 
-def product(x: Tensor, weight: Tensor, ends: Ends, fast: bool) -> Tensor:
+def product(x: Tensor, weight: Tensor, offsets: Offsets, grouped: bool) -> Tensor:
     """x (R, in), sorted by expert, times each row's expert of weight (E, in, out): (R, out)."""
-    if fast:
-        return F.grouped_mm(x, weight, offs=ends)
+    if grouped:
+        return F.grouped_mm(x, weight, offs=offsets)
     out, start = x.new_empty(len(x), weight.shape[2]), 0
-    for e, end in enumerate(ends.tolist()):
+    for e, end in enumerate(offsets.tolist()):
         if end > start:
             torch.mm(x[start:end], weight[e], out=out[start:end])
         start = end
     return out
 
 
-def outer(x: Tensor, g: Tensor, ends: Ends, fast: bool) -> Tensor:
+def outer(x: Tensor, g: Tensor, offsets: Offsets, grouped: bool) -> Tensor:
     """Per expert x^T g over its rows: (R, a), (R, b) -> (E, a, b); zero for an expert without rows."""
-    if fast:
-        return F.grouped_mm(x.T, g, offs=ends)
-    out, start = x.new_empty(len(ends), x.shape[1], g.shape[1]), 0
-    for e, end in enumerate(ends.tolist()):
+    if grouped:
+        return F.grouped_mm(x.T, g, offs=offsets)
+    out, start = x.new_empty(len(offsets), x.shape[1], g.shape[1]), 0
+    for e, end in enumerate(offsets.tolist()):
         torch.mm(x[start:end].T, g[start:end], out=out[e])
         start = end
     return out
@@ -89,18 +90,18 @@ class Product(torch.autograd.Function):
     """`product` with its gradient, for the layouts that are composed."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, ends: Ends) -> Tensor:
-        ctx.save_for_backward(x, weight, ends)
-        ctx.fast = len(x) > 0 and native(weight)
-        return product(x, weight, ends, ctx.fast)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Offsets) -> Tensor:
+        ctx.save_for_backward(x, weight, offsets)
+        ctx.grouped = len(x) > 0 and supports_grouped_mm(weight)
+        return product(x, weight, offsets, ctx.grouped)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, ends = ctx.saved_tensors
+        x, weight, offsets = ctx.saved_tensors
         g, need = g.contiguous(), ctx.needs_input_grad
-        g_x = product(g, weight.mT, ends, ctx.fast) if need[0] else None
-        return g_x, outer(x, g, ends, ctx.fast) if need[1] else None, None
+        g_x = product(g, weight.mT, offsets, ctx.grouped) if need[0] else None
+        return g_x, outer(x, g, offsets, ctx.grouped) if need[1] else None, None
 
 
 def _add_up(rows: Tensor, token: Tensor, tokens: int, slot: Tensor | None) -> Tensor:
@@ -115,34 +116,34 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, plan: Plan, act: Any) -> Tensor:
-        order, token, slot, ends = plan
+        order, token, slot, offsets = plan
         weight = weights.index_select(0, order)[:, None]
-        f, fast = down.shape[2], len(token) > 0 and native(gate_up, down)
-        h = product(x.index_select(0, token), gate_up.mT, ends, fast)  # (R, 2f)
+        f, grouped = down.shape[2], len(token) > 0 and supports_grouped_mm(gate_up, down)
+        h = product(x.index_select(0, token), gate_up.mT, offsets, grouped)  # (R, 2f)
         s = act(h[:, :f])
-        y = product(s * h[:, f:], down.mT, ends, fast)
+        y = product(s * h[:, f:], down.mT, offsets, grouped)
         y = y.mul_(weight) if y.dtype == weight.dtype else y * weight
         ctx.save_for_backward(x, weight, gate_up, down, *plan, h, s)
-        ctx.act, ctx.fast = act, fast
+        ctx.act, ctx.grouped = act, grouped
         return _add_up(y, token, len(x), slot).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight, gate_up, down, order, token, slot, ends, h, s = ctx.saved_tensors
-        need, f, fast = ctx.needs_input_grad, down.shape[2], ctx.fast
+        x, weight, gate_up, down, order, token, slot, offsets, h, s = ctx.saved_tensors
+        need, f, grouped = ctx.needs_input_grad, down.shape[2], ctx.grouped
         rows = g.index_select(0, token)  # any strides come out dense
-        back = product(rows, down, ends, fast)  # (R, f): gradient of the activation, weight left out
+        back = product(rows, down, offsets, grouped)  # (R, f): gradient of the activation, weight left out
         a = s * h[:, f:]
         g_weight = weight.new_empty(len(order)).scatter_(0, order, (a * back).sum(1).to(weight.dtype)) if need[1] else None
         w = weight.to(rows.dtype)
-        g_down = outer(rows.mul_(w), a, ends, fast) if need[3] else None
+        g_down = outer(rows.mul_(w), a, offsets, grouped) if need[3] else None
         back.mul_(w)
         gh = torch.empty_like(h)
         torch.mul(back, s, out=gh[:, f:])
         _backward(ctx.act, back.mul_(h[:, f:]), h[:, :f], gh[:, :f])
-        g_gate_up = outer(gh, x.index_select(0, token), ends, fast) if need[2] else None
-        g_x = _add_up(product(gh, gate_up, ends, fast), token, len(x), slot) if need[0] else None
+        g_gate_up = outer(gh, x.index_select(0, token), offsets, grouped) if need[2] else None
+        g_x = _add_up(product(gh, gate_up, offsets, grouped), token, len(x), slot) if need[0] else None
         return g_x, g_weight, g_gate_up, g_down, None, None
 
 
@@ -178,7 +179,7 @@ def execute(x: Tensor, routing: Routing, gate_up: Tensor, down: Tensor, act: Cal
     rows = x.to(down.dtype)
     plan = _plan(routing.expert, routing.token, len(down), rows, routing.k)
     y = _Gated.apply(rows, routing.weight, gate_up, down, plan, act).to(x.dtype)
-    return y if routing.past is None else y + (routing.past[:, None] * x).to(y.dtype)
+    return y if routing.passed_by is None else y + (routing.passed_by[:, None] * x).to(y.dtype)
 
 
 # ---- transformers' experts interface ---------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def activation(module: Any) -> Any:
 
 # A routing list that a module's next call follows instead of its arguments; see modelwright.moe.reroute
 PENDING: WeakKeyDictionary[nn.Module, Routing] = WeakKeyDictionary()
-FOLLOWERS = {NAME}  # the executors that look there
+LOADED: WeakSet[nn.Module] = WeakSet()  # experts that lie on several processes and look there; see modelwright.moe.parallel
 
 
 def is_plain(module: Any) -> bool:
@@ -217,12 +218,12 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
 
 def _composed(self: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     expert = index.reshape(-1)
-    order, token, _, ends = _plan(expert, index.shape[1], self.num_experts, x, 0)
+    order, token, _, offsets = _plan(expert, index.shape[1], self.num_experts, x, 0)
     expert, name = expert[order], "gate_up_proj" if self.has_gate else "up_proj"
 
     def linear(rows: Tensor, name: str) -> Tensor:
         (weight,) = computing(getattr(self, name))
-        out = Product.apply(rows.to(weight.dtype), weight if self.is_transposed else weight.mT, ends)
+        out = Product.apply(rows.to(weight.dtype), weight if self.is_transposed else weight.mT, offsets)
         return out + getattr(self, name + "_bias")[expert] if self.has_bias else out
 
     h = linear(x.index_select(0, token), name)

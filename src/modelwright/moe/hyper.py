@@ -13,8 +13,9 @@ and 2,048 tokens are 805 MB of generated weights.
 Ours, exact: an adapter depends on the set of chosen experts only, so one is made per distinct set and tokens are grouped by
 set (top-1: at most E adapters). Where there are so many sets that this would be larger, the products are reordered:
 D^T x = sum_b z_b (H_b^T x). `table` holds the adapters of all sets for inference, at no hypernetwork cost. init "zero" starts
-U and b_U at zero, so the model is unchanged bit for bit; the paper's start moves it by about 1e-3. With every expert chosen
-there is no unselected one: s = 0.
+U and b_U at zero, so the model is unchanged bit for bit. The paper's start is no identity: over five seeds on a trained model of
+five layers (d = 64, logits up to 21) it moves the first layer's output by up to 1e-3, the last one's by up to 3e-2 and logits by
+up to 0.04; where logits are larger it is more, 0.27 was seen. With every expert chosen there is no unselected one: s = 0.
 """
 
 from dataclasses import dataclass
@@ -47,10 +48,10 @@ class Adapters:
     def __call__(self, x: Tensor, of: Tensor) -> Tensor:
         """Each token x (T, d) through the adapter of its set, of (T,)."""
         order = of.argsort(stable=True)
-        ends = of.bincount(minlength=len(self.down)).cumsum(0, dtype=torch.int32)
+        offsets = of.bincount(minlength=len(self.down)).cumsum(0, dtype=torch.int32)
         which = of.index_select(0, order)
-        h = F.relu(Product.apply(x.index_select(0, order).to(self.down.dtype), self.down, ends) + self.down_bias.index_select(0, which))
-        y = Product.apply(h.to(self.up.dtype), self.up, ends) + self.up_bias.index_select(0, which)
+        h = F.relu(Product.apply(x.index_select(0, order).to(self.down.dtype), self.down, offsets) + self.down_bias.index_select(0, which))
+        y = Product.apply(h.to(self.up.dtype), self.up, offsets) + self.up_bias.index_select(0, which)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return y.index_select(0, back).to(x.dtype)
 

@@ -111,7 +111,7 @@ class Layer(nn.Module):
         if self.dropped == "identity":
             served = torch.zeros(len(flat), dtype=torch.bool, device=x.device).index_fill_(0, routing.token, True)
             lost = ~served if real is None else ~served & real.reshape(-1)
-            routing = replace(routing, past=routing.probs.amax(1) * lost)
+            routing = replace(routing, passed_by=routing.probs.amax(1) * lost)
         y = execute(flat, routing, self.gate_up, self.down)
         if self.shared_up is not None:
             gate, up = linear(flat, self.shared_up.weight).chunk(2, -1)

@@ -1,10 +1,16 @@
 """Expert parallelism: the experts of a layer lie on the processes of a group, and tokens travel to them and back.
 
-    dist.start(2)                          # under torchrun
-    spread(model)                          # a stock model; each process keeps its share of the experts
-    logits = model(**mine).logits          # of this process's rows
-    loss.backward(); sum_gradients(model)  # loss: this process's part of the sum
-    gather(model)                          # whole again, to save
+transformers lays a stock model's experts on processes while it loads them, sums their gradients and saves them whole. This
+file adds what it lacks: routing lists in which tokens have different numbers of experts, and rectification over processes.
+
+    import modelwright.moe.parallel                # under torchrun; registers ep_implementation "modelwright"
+    config = DistributedConfig(fsdp_size=2, ep_size=2, ep_implementation="modelwright")
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    with rerouted(model, lambda layer, logits, w, i, real: rectify_over(logits, 2, real=real)):
+        loss = ...                                 # of this process's rows
+    model.save_pretrained(folder)                  # by all processes; the ordinary files
+
+Gradients are then the mean over the processes of each one's own, for experts and for all other weights.
 
 Under it lies the layer, on bare tensors:
 
@@ -17,15 +23,9 @@ takes the same decisions, those of simulated ranks. Tokens per process may diffe
 rectifies stays on its own process. The paper's code does this inside a patched DeepSpeed; this is ours.
 
 execute_over takes any list over the E experts. Counts are exchanged first, then rows, by all_to_all_single, which gloo has
-too, with uneven and empty parts. Weights stay at home, for what comes back.
-
-spread registers it as NAME in transformers' experts interface. Experts then follow their router, or any routing under
-modelwright.moe.reroute: rerouted(model, lambda layer, logits, w, i, real: rectify_over(logits, 2, real=real)). The model is
-loaded whole first; spread it before the optimizer is made.
-
-Gradients. Experts get theirs whole, from the sum of all processes' losses; all other weights' are to be summed, by
-sum_gradients in place of DDP, which would take the first process's experts for everyone's. The gathered logits need no way
-back: a token's weights depend on no other token's scores.
+too, with uneven and empty parts. Weights stay at home, for what comes back. transformers' own exchange takes k experts for
+every token and no list. On bare tensors experts get their gradients whole, from the sum of all processes' losses. The
+gathered logits need no way back: a token's weights depend on no other token's scores.
 
 All processes of the group must call, forward and backward, equally often, those without tokens too, and agree on what needs
 a gradient; so generate(synced_gpus=True).
@@ -33,23 +33,20 @@ a gradient; so generate(synced_gpus=True).
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from torch import Tensor
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from modelwright.core.errors import UserError
-from modelwright.moe.execute import FOLLOWERS, PENDING, activation, experts
+from modelwright.moe.execute import LOADED, PENDING, activation, experts, is_plain
 from modelwright.moe.rectify import rectify
-from modelwright.moe.reroute import gated
 from modelwright.moe.routing import Routing
 
-NAME = "modelwright_parallel"
+NAME = "modelwright"  # of ep_implementation
 Group = Any  # of torch.distributed; None: all processes
 
 
@@ -91,7 +88,7 @@ def rectify_over(logits: Tensor, k: int, *, group: Group = None, real: Tensor | 
         source=routing.source[own],
         logits=logits,
         probs=routing.probs[start : start + T],
-        asked=(T if real is None else int(real.sum())) * k,
+        num_assignments=(T if real is None else int(real.sum())) * k,
         real=real,
     )
 
@@ -136,71 +133,34 @@ def execute_over(
     y = experts(here, index, here.new_ones(len(here), 1), gate_up, down, act)
     back = _Exchange.apply(y, take, give, group) * weight[:, None]
     out = back.new_zeros(x.shape).index_add(0, token, back).to(x.dtype)
-    return out if routing.past is None else out + (routing.past[:, None] * x).to(out.dtype)
+    return out if routing.passed_by is None else out + (routing.passed_by[:, None] * x).to(out.dtype)
 
 
 # ---- stock models ----------------------------------------------------------------------------------------------------
-_WEIGHTS = ("gate_up_proj", "down_proj")
-_SPREAD: WeakKeyDictionary[nn.Module, tuple[Group, str]] = WeakKeyDictionary()  # experts: their group, and who ran them before
+class Lists(EPImplementation):
+    """How the experts of a stock model get their tokens: by any routing list, or as their router chose. See NAME."""
+
+    def __init__(self, module: Any, ep_mesh: Any, tp_mesh: Any):
+        if not is_plain(module):
+            raise UserError(
+                f"{type(module).__name__} cannot be spread over processes by routing lists",
+                "its experts are not gated layers without biases",
+                "leave ep_implementation out",
+            )
+        if tp_mesh is not None and tp_mesh.size() > 1:
+            raise UserError(
+                "routing lists do not go with tensor parallelism", "its processes share their tokens", "set tp_size: 1, or leave it out"
+            )
+        super().__init__(module, ep_mesh, tp_mesh)
+        self.module = module
+        LOADED.add(module)
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        m, group = self.module, self.ep_mesh.get_group()
+        if (routing := PENDING.pop(m, None)) is None:
+            scores = top_k_weights.new_empty(0, len(m.down_proj) * self.ep_mesh.size())  # only their width is read
+            routing = Routing.of(scores, scores, top_k_index, top_k_weights)
+        return execute_over(hidden_states, routing, m.gate_up_proj, m.down_proj, activation(m.act_fn), group=group)
 
 
-def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    if (routing := PENDING.pop(self, None)) is None:
-        scores = top_k_weights.new_empty(0, self.num_experts)  # only their width is read
-        routing = Routing.of(scores, scores, top_k_index, top_k_weights)
-    group, _ = _SPREAD[self]
-    return execute_over(hidden_states, routing, self.gate_up_proj, self.down_proj, activation(self.act_fn), group=group)
-
-
-ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)
-FOLLOWERS.add(NAME)
-
-
-def _keep(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    for name in _WEIGHTS:
-        weight = getattr(module, name)
-        setattr(module, name, nn.Parameter(change(weight.detach()), weight.requires_grad))
-
-
-def spread(model: nn.Module, group: Group = None) -> nn.Module:
-    """The model, each process keeping its share of every layer's experts. UserError for other than plain gated layers."""
-    found = [(module, module.config._experts_implementation) for _, module in gated(model, "be spread over processes")]
-    if any(module in _SPREAD for module, _ in found):
-        raise UserError("the experts are spread already", "a share would be divided again", "gather them first")
-    for module, before in found:
-        _keep(module, lambda w: share(w, group).clone())  # a view would keep the whole alive
-        _SPREAD[module] = group, before
-        module.config._experts_implementation = NAME
-    return model
-
-
-def _spread(model: nn.Module) -> list[Any]:
-    found = [module for module in model.modules() if module in _SPREAD]
-    if not found:
-        raise UserError("the experts are not spread", how="call spread first")
-    return found
-
-
-def sum_gradients(model: nn.Module) -> None:
-    """Sum the gradients of all weights but the experts over the group; after backward, before the optimizer's step."""
-    found = _spread(model)
-    group, own = _SPREAD[found[0]][0], {id(getattr(module, name)) for module in found for name in _WEIGHTS}
-    for p in model.parameters():
-        if p.grad is not None and id(p) not in own and dist.is_initialized():
-            dist.all_reduce(p.grad, group=group)
-
-
-def _whole(weight: Tensor, group: Group) -> Tensor:
-    if not dist.is_initialized():
-        return weight
-    parts = [torch.empty_like(weight) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, weight, group=group)
-    return torch.cat(parts)
-
-
-def gather(model: nn.Module) -> nn.Module:
-    """The stock model again, whole on every process of the group."""
-    for module in _spread(model):
-        group, module.config._experts_implementation = _SPREAD.pop(module)
-        _keep(module, partial(_whole, group=group))
-    return model
+EPImplementationInterface.register(NAME, Lists)

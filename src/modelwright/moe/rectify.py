@@ -14,7 +14,7 @@ rectified: "all" (dropped everywhere; the only choice for K = 1), "any" (n < K),
 missing fill-in is no drop). Among fill-ins the paper's text orders by their own score and the code by the token's largest:
 fill_order. The official code runs only inside a patched DeepSpeed, and its k-th gate overwrites the priority it computed.
 Ours: ranks are simulated on one device, tokens and experts in equal consecutive shares. Over real processes the same
-decisions are taken by modelwright.moe.parallel: tune.rectify trains so in data parallelism, `spread` in expert parallelism.
+decisions are taken by modelwright.moe.parallel: tune.rectify trains so in data parallelism, `Lists` in expert parallelism.
 """
 
 import math

@@ -14,7 +14,7 @@ from weakref import WeakSet
 from torch import Tensor, nn
 
 from modelwright.core.errors import UserError
-from modelwright.moe.execute import FOLLOWERS, NAME, PENDING, is_plain
+from modelwright.moe.execute import LOADED, NAME, PENDING, is_plain
 from modelwright.moe.routing import Routing
 from modelwright.moe.watch import padding, routers, shape
 
@@ -31,6 +31,12 @@ def gated(model: nn.Module, what: str) -> list[tuple[Any, Any]]:
                 f"{type(experts).__name__} cannot {what}",
                 "its experts are not gated layers without biases",
                 "give a Mixtral-, Qwen-, OLMoE- or Granite-style mixture of experts",
+            )
+        if experts._is_expert_parallel and experts not in LOADED:
+            raise UserError(
+                f"{type(experts).__name__} cannot {what}",
+                "its experts lie on several processes, and what brings tokens there follows the router alone",
+                'load the model with DistributedConfig(..., ep_implementation="modelwright")',
             )
     return found
 
@@ -54,7 +60,7 @@ class Reroute:
         self._handles: list[Any] = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         self._before: list[tuple[Any, Any]] = []
         for i, (router, experts) in enumerate(found):
-            if (name := experts.config._experts_implementation) not in FOLLOWERS:
+            if (name := experts.config._experts_implementation) != NAME:
                 self._before.append((experts.config, name))
                 experts.config._experts_implementation = NAME
             self._handles.append(router.register_forward_hook(self._turn(i, experts, change)))

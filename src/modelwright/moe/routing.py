@@ -40,10 +40,10 @@ class Routing:
     source: Tensor  # (R,) why it is here
     logits: Tensor  # (T, E)
     probs: Tensor  # (T, E)
-    asked: int  # slots before anything was dropped
+    num_assignments: int  # slots before anything was dropped
     real: Tensor | None = None  # (T,) bool, False for padding
     k: int = 0  # every token has exactly k rows, one after another; 0: ragged
-    past: Tensor | None = None  # (T,) weight at which a token's input itself is added: what passes by the experts
+    passed_by: Tensor | None = None  # (T,) weight at which a token's input itself is added: what passes by the experts
 
     @staticmethod
     def of(
@@ -51,7 +51,7 @@ class Routing:
     ) -> "Routing":
         """The list of a (T, k) choice; `kept` (T, k) bool leaves rows out, `real` (T,) bool leaves tokens out."""
         T, k = index.shape
-        asked = T * k if real is None else int(real.sum()) * k
+        num_assignments = T * k if real is None else int(real.sum()) * k
         if real is not None:
             kept = real[:, None].expand(T, k) if kept is None else kept & real[:, None]
         if kept is None:
@@ -61,7 +61,7 @@ class Routing:
             token, slot = kept.nonzero(as_tuple=True)
             flat = index[token, slot], weights[token, slot]
         source = torch.full_like(token, CHOSEN, dtype=torch.uint8)
-        return Routing(token, *flat, source, logits, probs, asked, real, k if kept is None else 0)
+        return Routing(token, *flat, source, logits, probs, num_assignments, real, k if kept is None else 0)
 
     def plus(self, token: Tensor, expert: Tensor, weight: Tensor, source: int) -> "Routing":
         """The list with rows added."""
@@ -81,7 +81,9 @@ class Routing:
     def record(self) -> "RoutingRecord":
         """What happened, without gradients."""
         chosen = int((self.source == CHOSEN).sum())
-        return RoutingRecord(self.logits.detach(), self.probs.detach(), self.counts(), self.asked, self.asked - chosen, self.real)
+        return RoutingRecord(
+            self.logits.detach(), self.probs.detach(), self.counts(), self.num_assignments, self.num_assignments - chosen, self.real
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class RoutingRecord:
     logits: Tensor  # (T, E)
     probs: Tensor  # (T, E)
     counts: Tensor  # (E,) rows that each expert worked on
-    asked: int  # slots that were asked for
+    num_assignments: int  # slots that the choices ask for
     dropped: int  # of them not served by the chosen expert
     real: Tensor | None = None  # (T,) bool
     index: Tensor | None = None  # (T, k) where every token has k experts
@@ -128,11 +130,11 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     scores = scores.detach().clamp(min=torch.finfo(scores.dtype).min)  # above what marks those that are taken
     if k > 4:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    found = [scores.argmax(-1)]  # argmax promises the first maximum
+    best = [scores.argmax(-1)]  # argmax promises the first maximum
     for _ in range(k - 1):
-        scores = scores.scatter(-1, found[-1][..., None], -math.inf)
-        found.append(scores.argmax(-1))
-    return torch.stack(found, -1)
+        scores = scores.scatter(-1, best[-1][..., None], -math.inf)
+        best.append(scores.argmax(-1))
+    return torch.stack(best, -1)
 
 
 def select(
@@ -215,22 +217,30 @@ def place(
     belongs to; then the slots are per sequence (transformers' Switch), else per batch.
     """
     T, k = index.shape
-    turn = torch.arange(T * k, device=index.device)
+    slot = torch.arange(T * k, device=index.device).view(T, k)  # slot t k + j is choice j of token t
     if order == "priority":
         if priority is None:
             raise UserError("order=priority without priorities", "the order of the tokens is unknown", "give each token's largest score")
-        turn = turn.view(T, k)[priority.argsort(descending=True, stable=True)].T.reshape(-1)
+        in_turn = slot[priority.argsort(descending=True, stable=True)].T.reshape(-1)
     elif order == "choice":
-        turn = turn.view(T, k).T.reshape(-1)
-    box = index if sequence is None else index + experts * sequence[:, None]
-    boxes = experts if sequence is None or not T else experts * (int(sequence.max()) + 1)
+        in_turn = slot.T.reshape(-1)
+    else:
+        in_turn = slot.reshape(-1)
+
+    # A queue is an expert, or an expert within a sequence. Padding stands in a queue of its own, after all others.
+    queue = index if sequence is None else index + experts * sequence[:, None]
+    queues = experts if sequence is None or not T else experts * (int(sequence.max()) + 1)
     if real is not None:
-        box = torch.where(real[:, None], box, boxes)
-    box = box.reshape(-1)[turn]
-    filled = box.argsort(stable=True)
-    size = box.bincount(minlength=boxes + 1)
-    rank = torch.arange(T * k, device=index.device) - (size.cumsum(0) - size)[box[filled]]
+        queue = torch.where(real[:, None], queue, queues)
+    queue = queue.reshape(-1)[in_turn]  # of each slot, in the order in which slots are filled
+
+    # Sorting by queue keeps that order inside each, so a slot's rank is its place minus where its queue begins.
+    by_queue = queue.argsort(stable=True)
+    sorted_queue = queue[by_queue]
+    length = queue.bincount(minlength=queues + 1)
+    begin = length.cumsum(0) - length
+    rank = torch.arange(T * k, device=index.device) - begin[sorted_queue]
+    limit = slots[sorted_queue % experts] if isinstance(slots, Tensor) else slots
     kept = torch.empty(T * k, dtype=torch.bool, device=index.device)
-    limit = slots[box[filled] % experts] if isinstance(slots, Tensor) else slots
-    kept[turn[filled]] = (rank < limit) & (box[filled] < boxes)
+    kept[in_turn[by_queue]] = (rank < limit) & (sorted_queue < queues)
     return kept.view(T, k)

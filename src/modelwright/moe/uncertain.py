@@ -63,7 +63,7 @@ def broadcast(
     routing = Routing.of(logits, probs, index, weights, (~where)[:, None].expand_as(index), real)
     token, E = where.nonzero().flatten(), probs.shape[1]
     if mode == "released":
-        return replace(routing, past=probs[:, -1] * where)
+        return replace(routing, passed_by=probs[:, -1] * where)
     scaled = probs[token] * (weights.detach()[token].sum(1, keepdim=True).to(probs) if match_scale else 1.0)
     every = torch.arange(E, device=index.device).repeat(len(token))
     return routing.plus(token.repeat_interleave(E), every, scaled.flatten(), BROADCAST)

@@ -66,47 +66,50 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
     anatomy = Anatomy(source.skeleton)
     target = choose(source, anatomy, knobs.experts, knobs.top_k, knobs.target)
     sources = [source, *_others(source, knobs, target)]
-    rows = {}
+    router_rows: dict[int, Tensor] = {}  # by layer, where the router is made from data
     if knobs.router in ("prompts", "text", "ridge"):
-        rows = from_data(knobs.router, source.model(torch.float32), source.tokenizer(), knobs)
+        router_rows = from_data(knobs.router, source.model(torch.float32), source.tokenizer(), knobs)
 
     def stream() -> Iterator[Any]:
         yield from _dense(sources, anatomy)
-        for b in anatomy.blocks:
-            dtype = source.dtype(anatomy.ffn(b).down.name)
-            ffns = [_matrices(s, anatomy.ffn(b), dtype) for s in sources]
-            means = []
-            for e in range(knobs.experts):
-                expert = _expert(ffns[e * len(ffns) // knobs.experts], knobs, seed, b.index, e)
+        for block in anatomy.blocks:
+            dtype = source.dtype(anatomy.ffn(block).down.name)
+            ffns = [_matrices(s, anatomy.ffn(block), dtype) for s in sources]
+            experts = (_expert(ffns[e * len(ffns) // knobs.experts], knobs, seed, block.index, e) for e in range(knobs.experts))
+            gate_means = []
+            for e, expert in enumerate(experts):  # one expert in memory at a time
                 if knobs.router == "gate_means":
-                    means.append(expert[0].float().mean(0))
-                yield from target.pieces(b.path, e, *expert)
-            router = (
-                rows[b.index]
-                if rows
-                else from_gates(torch.stack(means), knobs.router_std)
-                if means
-                else plain_router(
-                    "uniform" if knobs.compat == "official" and knobs.router == "normal" else knobs.router,
-                    seed,
-                    b.index,
-                    knobs.experts,
-                    ffns[0][0].shape[1],
-                    knobs.router_std,
-                )
-            )
-            yield target.names(b.path, knobs.experts)[0], router.to(ffns[0][0].dtype)
-            yield from _shared(target, b.path, ffns[0])
+                    gate_means.append(expert[0].float().mean(0))
+                yield from target.pieces(block.path, e, *expert)
+            width = ffns[0][0].shape[1]
+            router = router_rows[block.index] if router_rows else _router(knobs, seed, block.index, width, gate_means)
+            yield target.names(block.path, knobs.experts)[0], router.to(dtype)
+            yield from _shared(target, block.path, ffns[0])
 
-    same = knobs.method == "sparse" or knobs.method in ("noise", "drop") and knobs.ratio == 0 or knobs.method == "noise" and knobs.std == 0
     facts = {"target": target.model_type, "method": knobs.method, "router": knobs.router, "sources": len(sources)}
-    if (
-        "longrope" in str(source.config.get("rope_scaling") or source.config.get("rope_parameters"))
-        and source.config["model_type"] == "phi3"
-    ):
+    scaling = str(source.config.get("rope_scaling") or source.config.get("rope_parameters"))
+    if source.config["model_type"] == "phi3" and "longrope" in scaling:
         facts["note"] = "logits are equal at every length, but Phi-3 drops its cache where longrope switches, and Mixtral keeps it"
     blueprint = Blueprint(_config(target), _dtypes(source, anatomy, target, knobs.experts), stream, source, facts)
-    return blueprint, "same function" if same else "changed function"
+    return blueprint, "same function" if _experts_are_copies(knobs) else "changed function"
+
+
+def _experts_are_copies(knobs: Knobs) -> bool:
+    """Whether every expert is the dense feed-forward part, so that the function cannot change."""
+    if knobs.method == "noise":
+        return knobs.ratio == 0 or knobs.std == 0
+    if knobs.method == "drop":
+        return knobs.ratio == 0
+    return knobs.method == "sparse"
+
+
+def _router(knobs: Knobs, seed: int, layer: int, width: int, gate_means: list[Tensor]) -> Tensor:
+    """The router (E, width) of a layer: from the experts' mean gates, (width,) each, or drawn."""
+    if knobs.router == "gate_means":
+        return from_gates(torch.stack(gate_means), knobs.router_std)
+    official = knobs.compat == "official" and knobs.router == "normal"
+    kind = "uniform" if official else knobs.router
+    return plain_router(kind, seed, layer, knobs.experts, width, knobs.router_std)
 
 
 # settings of a checkpoint that its function does not depend on

@@ -100,8 +100,12 @@ class LoraMoe(Technique):
                 did_you_mean(self.knobs.types, table[0]),
             )
         get = lambda name: column(data.path, table, name)[: data.limit]  # type: ignore[arg-type] # noqa: E731
-        asked, told = (get("instruction"), get("output")) if pairs and not data.column else ([], get(data.column or "text"))
-        texts, facts = _texts(asked or [""] * len(told), told, tokenizer, train.context)
+        if pairs and not data.column:
+            instructions, outputs = get("instruction"), get("output")
+        else:
+            outputs = get(data.column or "text")
+            instructions = [""] * len(outputs)
+        texts, facts = _texts(instructions, outputs, tokenizer, train.context)
         if self.knobs.types is not None and self.types is None:  # the first source is the one to learn from
             found = get(self.knobs.types)
             if bad := [i for i, t in enumerate(found) if t not in (0, 1, "0", "1")]:
@@ -159,9 +163,9 @@ class LoraMoe(Technique):
         return unwrapped(model, self.names) if self.knobs.merge == "uniform" else packed(model, self.names, self.layers[0])
 
 
-def _texts(asked: list[Any], told: list[Any], tokenizer: Any, context: int) -> tuple[Texts, dict[str, int]]:
+def _texts(instructions: list[Any], outputs: list[Any], tokenizer: Any, context: int) -> tuple[Texts, dict[str, int]]:
     """Each instruction, an end token, the output, an end token; only the output and its end are learnt."""
-    if tokenizer is None and not all(isinstance(t, list) for t in told):
+    if tokenizer is None and not all(isinstance(t, list) for t in outputs):
         raise UserError("the checkpoint has no tokenizer", "the data is text", "add tokenizer files, or give a column of token ids")
     end = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -173,7 +177,7 @@ def _texts(asked: list[Any], told: list[Any], tokenizer: Any, context: int) -> t
         return tokenizer(str(value), add_special_tokens=False)["input_ids"]
 
     texts, facts = Texts(), {"instructions cut at the context": 0, "outputs cut at the context": 0}
-    for i, (a, b) in enumerate(zip(asked, told, strict=True)):
+    for i, (a, b) in enumerate(zip(instructions, outputs, strict=True)):
         first, last = (ids(a, i) + end) if a else [], ids(b, i) + end
         over = len(first) + len(last) - context
         facts["instructions cut at the context"] += over > 0 and bool(first)

@@ -11,7 +11,7 @@ without norm_topk_prob (OLMoE, Qwen2-MoE), with sigmoid scores or a bias of the 
 Over several processes each is one rank, as in the paper: slots are counted over all processes' tokens, in evaluation too,
 and intra prefers the experts of the process's own share, E / processes of them. Ours: each process still holds all experts
 (DDP, or FSDP2's shards), so nothing travels but the scores; the outcome is that of expert parallelism, and of one process
-with as many simulated ranks, to the rounding. Where the experts themselves lie apart: modelwright.moe.parallel.spread.
+with as many simulated ranks, to the rounding. Where the experts themselves lie apart: modelwright.moe.parallel.
 Padding takes no slot, but for that of packed rows in evaluation, which no mask tells.
 """
 

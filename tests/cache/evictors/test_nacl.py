@@ -109,7 +109,17 @@ def test_official_shares_and_its_limit() -> None:
     assert counts.T.tolist() == [[2048, 819, 20_000]]
     first, last, chosen, proxies = method.split(counts, real)
     assert (first + last)[2, 0] == 1000 and first[2, 0] == 256 and chosen[2, 0] == 12_000
-    assert last[1, 0] > 0 and (counts - first - last - chosen)[2, 0] == 7000 and proxies[2, 0] == 1000 + last[2, 0]
+    assert last[1, 0] > 0 and (counts - first - last - chosen)[2, 0] == 7000 and proxies[2, 0] == 1000
+
+
+def test_official_proxies_are_one_percent_in_all_and_ours_are_beside_the_protected() -> None:
+    real = np.array([[30_000], [30_099]])
+    for compat in ("official", "none"):
+        method = NACL(keep=0.2, compat=compat)
+        _, last, _, proxies = method.split(method.counts(real, 0, 1), real)
+        wanted = [300, 300] if compat == "official" else (np.rint(0.18 * real) + last)[:, 0].tolist()
+        assert proxies[:, 0].tolist() == wanted and (last > 0).all()
+        assert method.window(30_000) == proxies[0, 0]
 
 
 def test_shares_that_do_not_fit_are_refused() -> None:

@@ -12,7 +12,8 @@ from modelwright.core.knobs import Train
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.train.loop import fit
 from modelwright.moe.execute import use
-from modelwright.moe.routing import CHOSEN, capacity
+from modelwright.moe.rectify import rectify as route
+from modelwright.moe.routing import BROADCAST, CHOSEN, capacity
 from modelwright.moe.watch import routers
 from modelwright.tune import gw_moe, rectify
 
@@ -34,11 +35,14 @@ def _fit(technique, folder: Path, train: Train = _TRAIN, padded: bool = True):
     return outcome
 
 
-def test_gw_moe_above_ln_e_trains_bit_for_bit_as_plain_and_reports_no_token(tmp_path) -> None:
+NEVER = 1.38624  # nats: all that 4 experts can give is 1.38625, where they are all alike
+
+
+def test_gw_moe_without_an_uncertain_token_trains_bit_for_bit_as_plain_and_says_so(tmp_path) -> None:
     from modelwright.tune.full import Full, Knobs
 
     plain = _fit(Full(Knobs()), tmp_path / "a", padded=False).model.state_dict()
-    same = _fit(t := gw_moe.GwMoe(gw_moe.Knobs(threshold=9.0)), tmp_path / "b", padded=False).model.state_dict()
+    same = _fit(t := gw_moe.GwMoe(gw_moe.Knobs(threshold=NEVER)), tmp_path / "b", padded=False).model.state_dict()
     assert all(torch.equal(a, same[n]) for n, a in plain.items()) and t.facts()["share of uncertain tokens"] == 0
     other = _fit(gw_moe.GwMoe(gw_moe.Knobs(threshold=0.0)), tmp_path / "c")
     assert "100.0% of the tokens were uncertain" in other.liveness[0]
@@ -180,15 +184,66 @@ def test_a_model_that_weighs_by_a_softmax_is_taken(name: str, kind: str, changes
 def test_a_share_needs_a_threshold_of_at_most_one(unit: str, threshold: float | None) -> None:
     with pytest.raises(UserError, match=f"unit={unit} needs a threshold from 0 to 1"):
         gw_moe.GwMoe(gw_moe.Knobs(unit=unit, threshold=threshold))
-    assert gw_moe.GwMoe(gw_moe.Knobs()).threshold == 1.5
+
+
+@pytest.mark.parametrize(("experts", "default"), [(2, 0.5), (4, 1.0), (8, 1.5), (64, 3.0)])
+def test_the_default_threshold_can_be_reached_with_any_number_of_experts(experts: int, default: float) -> None:
+    model = model_of("mixtral", num_local_experts=experts)
+    (t := gw_moe.GwMoe(gw_moe.Knobs())).select(model, Anatomy(model), 0)
+    assert t.threshold == pytest.approx(default)
+
+
+@pytest.mark.parametrize(("unit", "threshold"), [("nats", 1.5), ("nats", 1.3863), ("normalised", 1.0)])
+def test_a_threshold_that_no_token_can_reach_is_refused_before_training(unit: str, threshold: float) -> None:
+    model = model_of("mixtral")
+    with pytest.raises(UserError, match=f"threshold={threshold} {unit} is never reached, because with 4 experts .* at most 1.38625 nats"):
+        gw_moe.GwMoe(gw_moe.Knobs(threshold=threshold, unit=unit)).select(model, Anatomy(model), 0)
+
+
+def _technique_of(kind: str, **knobs):
+    """GW-MoE as it stands in the middle of a batch of 3 sequences of 5 tokens, and the scores of a layer."""
+    model = model_of(kind)
+    (t := gw_moe.GwMoe(gw_moe.Knobs(**knobs))).select(model, Anatomy(model), 0)
+    t.terms()
+    t.hooks.shape = (3, 5)
+    logits = torch.randn(15, 4)
+    weights, index = logits.softmax(-1).topk(2)
+    return t, logits, weights, index
+
+
+def test_the_limit_of_gw_moe_is_of_each_sequence() -> None:
+    t, logits, weights, index = _technique_of("mixtral", threshold=0.0, limit=1)
+    routing = t.change(0, logits, weights, index, None)
+    assert routing.token[routing.source == BROADCAST].unique().tolist() == [0, 5, 10]
+
+
+@pytest.mark.parametrize("match", [False, True])
+def test_gw_moe_gives_the_broadcast_the_scale_that_it_was_told(match: bool) -> None:
+    t, logits, weights, index = _technique_of("qwen2_moe", threshold=0.0, match_scale=match)
+    routing = t.change(0, logits, weights, index, None)
+    total = torch.zeros(15).index_add(0, routing.token, routing.weight)
+    torch.testing.assert_close(total, weights.sum(1) if match else torch.ones(15))
+    assert float(weights.sum(1).max()) < 0.99
+
+
+@pytest.mark.parametrize(("chosen", "as_if"), [("auto", "ignore_last"), ("any", "any"), ("all", "all"), ("ignore_last", "ignore_last")])
+def test_rectify_routes_as_its_settings_say(chosen: str, as_if: str) -> None:
+    model = model_of("mixtral", num_local_experts=8)
+    (t := rectify.Rectify(rectify.Knobs(factor=0.6, unrouted=chosen, fill_order="code", ranks=2))).select(model, Anatomy(model), 0)
+    logits = torch.randn(40, 8) + torch.linspace(0, 2, 8)
+    want = route(logits, 2, factor=0.6, unrouted=as_if, fill_order="code", ranks=2)
+    found = t.change(0, logits, *logits.softmax(-1).topk(2), None)
+    assert all(torch.equal(getattr(found, n), getattr(want, n)) for n in ("token", "expert", "weight", "source"))
+    assert (
+        len({len(route(logits, 2, factor=0.6, unrouted=u, fill_order="code", ranks=2).token) for u in ("all", "any", "ignore_last")}) == 3
+    )
 
 
 def test_a_step_without_an_uncertain_token_is_said_plainly(tmp_path) -> None:
-    assert "NO token was uncertain" in _fit(gw_moe.GwMoe(gw_moe.Knobs(threshold=9.0)), tmp_path).liveness[0]
+    assert "NO token was uncertain" in _fit(gw_moe.GwMoe(gw_moe.Knobs(threshold=NEVER)), tmp_path).liveness[0]
 
 
 def test_generation_with_padding_is_rerouted_and_watched() -> None:
-    from modelwright.moe.rectify import rectify as route
     from modelwright.moe.reroute import rerouted
     from modelwright.moe.watch import watch
 

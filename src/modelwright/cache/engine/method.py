@@ -68,7 +68,7 @@ class Read:
         return np.array(self.lengths or [self.k.shape[2]])[:, None]
 
     @cached_property
-    def place(self) -> Tensor:
+    def position(self) -> Tensor:
         """Position of each column in its row, negative where padded: (B or 1, 1, T)."""
         return torch.arange(self.k.shape[2], device=self.k.device) - (self.k.shape[2] - self.tensor(self.real))
 
@@ -76,46 +76,63 @@ class Read:
         """Numbers per row and head, (B or 1, G or 1), as a tensor that broadcasts over (B, G, T)."""
         return torch.as_tensor(values, device=self.k.device)[..., None]
 
-    def ends(self, first: np.ndarray | int, last: np.ndarray | int) -> Tensor:
+    def at_the_ends(self, first: np.ndarray | int, last: np.ndarray | int) -> Tensor:
         """Which columns are among the first or the last so many of their row: (B or 1, G or 1, T)."""
         first, last = np.atleast_2d(first), np.atleast_2d(last)
-        return (self.place >= 0) & ((self.place < self.tensor(first)) | (self.place >= self.tensor(self.real - last)))
+        return (self.position >= 0) & ((self.position < self.tensor(first)) | (self.position >= self.tensor(self.real - last)))
 
     def received(self, queries: np.ndarray | int, causal: bool = True) -> Tensor:
         """Attention that each token gets from the last `queries` ones (a number, or one per row and head), summed over them and over
         the heads of a group: (B, G, T)."""
-        (B, H, w, d), (K, T), device = self.q.shape, self.k.shape[1:3], self.k.device
-        wanted = np.minimum(np.atleast_2d(queries), np.minimum(self.real, w))  # a padded query sees nothing
-        wanted = wanted.repeat(K // self.heads if wanted.shape[1] > 1 else 1, 1)  # (B or 1, K or 1)
-        most, g = int(wanted.max()), H // K
-        out, least = torch.zeros(B, K, T, device=device), torch.finfo(torch.float32).min
+        (B, H, _, _), (K, T), device = self.q.shape, self.k.shape[1:3], self.k.device
+        wanted = self._wanted(queries)  # (B or 1, K or 1)
+        most, group = int(wanted.max()), H // K
+        received = torch.zeros(B, K, T, device=device)
         if self.attend and causal:
-            self.attended = self.v.new_empty(B, K, g, most, self.v.shape[3])  # values may have a width of their own
+            self.attended = self.v.new_empty(B, K, group, most, self.v.shape[3])  # values may have a width of their own
         step = self.block or max(32, (_ON_CPU if device.type == "cpu" else _ELSEWHERE) // (B * H * T))
-        ahead = torch.ones(step, step, dtype=torch.bool, device=device).triu(1)
         room = torch.empty(B * H * min(step, most) * T, device=device)  # one for all blocks: fresh memory costs more than a product
-        for at in range(T - most, T, step):  # the position of the first query of a block of b
-            b = min(step, T - at)
-            seen = at + b if causal else T
-            q = (self.q[:, :, at - T + w : at + b - T + w] * self.scale).reshape(B, K, g * b, d)
-            s = room[: B * H * b * seen].view(B, K, g * b, seen)
-            if q.dtype == s.dtype:
-                torch.matmul(q, self.k[:, :, :seen].transpose(2, 3), out=s)
-            else:
-                s.copy_(q @ self.k[:, :, :seen].transpose(2, 3))
-            if self.softcap:
-                s.div_(self.softcap).tanh_().mul_(self.softcap)
-            if causal:
-                s.view(B, K, g, b, seen)[..., at:].masked_fill_(ahead[:b, :b], least)
-            if self.lengths:
-                s.masked_fill_(self.place[..., None, :seen] < 0, least)
-            p = torch.softmax(s, -1, out=s)
-            counted = torch.arange(at, at + b, device=device) >= T - self.tensor(wanted)  # (B or 1, K or 1, b)
-            out[..., :seen] += (counted.float().repeat(1, 1, g).expand(B, K, -1)[:, :, None] @ p)[:, :, 0]
+
+        for first in range(T - most, T, step):  # position of a block's first query
+            last = min(first + step, T)
+            weights = self._weights(first, last, causal, room)  # (B, K, H / K * queries, keys)
+            keys = weights.shape[3]
+            counted = torch.arange(first, last, device=device) >= T - self.tensor(wanted)  # (B or 1, K or 1, queries)
+            counted = counted.float().repeat(1, 1, group).expand(B, K, -1)[:, :, None]
+            received[..., :keys] += (counted @ weights)[:, :, 0]
             if self.attended is not None:
-                y = p.to(self.v.dtype) @ self.v[:, :, :seen]
-                self.attended[..., at - T + most : at + b - T + most, :] = y.view(B, K, g, b, -1)
-        return self.shared(out)
+                given = weights.to(self.v.dtype) @ self.v[:, :, :keys]
+                at = slice(first - T + most, last - T + most)
+                self.attended[..., at, :] = given.view(B, K, group, last - first, -1)
+        return self.shared(received)
+
+    def _wanted(self, queries: np.ndarray | int) -> np.ndarray:
+        """How many of the last queries count for each row and key-value head, (B or 1, K or 1); a padded query sees nothing."""
+        K, window = self.k.shape[1], self.q.shape[2]
+        wanted = np.minimum(np.atleast_2d(queries), np.minimum(self.real, window))
+        return wanted.repeat(K // self.heads, 1) if wanted.shape[1] > 1 else wanted
+
+    def _weights(self, first: int, last: int, causal: bool, room: Tensor) -> Tensor:
+        """Attention weights (B, K, H / K * n, keys) in fp32 of the n queries at the positions first to last, written into `room`.
+
+        causal: a query sees no later key, so keys after the block are left out; else there are T of them."""
+        (B, H, window, d), (K, T), n = self.q.shape, self.k.shape[1:3], last - first
+        keys, least = last if causal else T, torch.finfo(torch.float32).min
+        q = self.q[:, :, first - T + window : last - T + window] * self.scale
+        q = q.reshape(B, K, H // K * n, d)
+        scores = room[: B * H * n * keys].view(B, K, H // K * n, keys)
+        if q.dtype == scores.dtype:
+            torch.matmul(q, self.k[:, :, :keys].transpose(2, 3), out=scores)
+        else:
+            scores.copy_(q @ self.k[:, :, :keys].transpose(2, 3))
+        if self.softcap:
+            scores.div_(self.softcap).tanh_().mul_(self.softcap)
+        if causal:  # every query of the block sees all keys before the block
+            later = torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1)
+            scores.view(B, K, H // K, n, keys)[..., first:].masked_fill_(later, least)
+        if self.lengths:
+            scores.masked_fill_(self.position[..., None, :keys] < 0, least)
+        return torch.softmax(scores, -1, out=scores)
 
     def noise(self, seed: int) -> Tensor:
         """Uniform draws (B or 1, G, T) for this layer. They belong to a token's place in its row, so that neither the batch nor
@@ -123,7 +140,7 @@ class Read:
         T, G = self.k.shape[2], self.heads
         generator = torch.Generator().manual_seed((seed * 1_000_003 + self.layer) % 2**63)
         u = torch.rand(T, G, generator=generator).to(self.k.device)  # (T, G): its beginning does not depend on T
-        return u[self.place[:, 0].clamp(min=0)].transpose(1, 2)
+        return u[self.position[:, 0].clamp(min=0)].transpose(1, 2)
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -224,7 +241,7 @@ class Method(ABC):
             )
         score = self.score(read).expand(B, G, T)
         if read.lengths:
-            score = score.masked_fill(read.place < 0, -torch.inf)
+            score = score.masked_fill(read.position < 0, -torch.inf)
         kept = highest(score, read.tensor(counts))
         columns = kept.nonzero()[:, 2]  # row by row, ascending
         n = int(counts.max())

@@ -37,7 +37,7 @@ class StreamingLLM(Method):
         return self.sinks
 
     def score(self, read: Read) -> Tensor:
-        return read.place.float().masked_fill(read.ends(self.sinks, 0), torch.inf)
+        return read.position.float().masked_fill(read.at_the_ends(self.sinks, 0), torch.inf)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class H2O(Method):
 
     def score(self, read: Read) -> Tensor:
         last = np.rint(self.recent * read.counts).astype(int)
-        return read.received(read.q.shape[2]).masked_fill(read.ends(0, last), torch.inf)
+        return read.received(read.q.shape[2]).masked_fill(read.at_the_ends(0, last), torch.inf)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TOVA(Method):
         return 1
 
     def score(self, read: Read) -> Tensor:
-        return read.received(1).mean(1, keepdim=True).masked_fill(read.ends(0, 1), torch.inf)
+        return read.received(1).mean(1, keepdim=True).masked_fill(read.at_the_ends(0, 1), torch.inf)
 
 
 @dataclass(frozen=True)
