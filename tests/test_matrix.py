@@ -1,7 +1,6 @@
 """Every method on every family it fits: it saves, and a stock class loads what was saved; on the first family in bf16 too."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -10,12 +9,6 @@ from modelwright.testing import check_method
 
 CASES = [(name, family, False) for name, row in ROWS.items() for family in row.families]
 CASES += [(name, row.families[0], True) for name, row in ROWS.items() if row.families[0]]
-BF16_FAULTS = dict.fromkeys(("reshape.rmoe", "reshape.hyper_moe", "reshape.edit"), "the model in memory differs from the one on disk")
-
-
-def _mark(case: tuple[str, str, bool]) -> Any:
-    reason = BF16_FAULTS.get(case[0]) if case[2] else None
-    return pytest.param(*case, marks=[pytest.mark.xfail(strict=True, raises=RuntimeError, reason=reason)] if reason else [])
 
 
 def _id(case: tuple[str, str, bool]) -> str:
@@ -23,7 +16,7 @@ def _id(case: tuple[str, str, bool]) -> str:
     return "-".join(w for w in (name, family, "bf16" * bf16) if w)
 
 
-@pytest.mark.parametrize(("name", "family", "bf16"), map(_mark, CASES), ids=map(_id, CASES))
+@pytest.mark.parametrize(("name", "family", "bf16"), CASES, ids=map(_id, CASES))
 def test_method_saves_what_a_stock_class_loads(name: str, family: str, bf16: bool, tiny, tmp_path: Path) -> None:
     row = ROWS[name]
     make = row.data if isinstance(row.data, str) else ("tokens" if family else "text") if row.data else ""

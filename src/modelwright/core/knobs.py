@@ -12,7 +12,7 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -31,10 +31,10 @@ def knob(
     high: float | None = None,
     path: bool = False,
     argument: bool = False,
-    alias: str | None = None,
+    alias: str | tuple[str, ...] = (),
 ) -> Any:
     """One setting: default, meaning with its unit, inclusive bounds; whether it names a file or folder, and whether the
-    command line takes it by place instead of by flag; the name that other tools give it, which is understood too."""
+    command line takes it by place instead of by flag; the names that other tools give it, which are understood too."""
     meta = {"help": help, "low": low, "high": high, "path": path, "argument": argument, "alias": alias}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=meta)
@@ -74,13 +74,13 @@ class Train:
     """How long and how fast to train. Defaults suit a small model; a recipe states its paper's."""
 
     tokens: int | None = knob(None, "training tokens, padding excluded; overrides epochs", low=1)
-    epochs: float = knob(1.0, "passes over the data", low=0)
+    epochs: float = knob(1.0, "passes over the data", low=0, alias="num_train_epochs")
     lr: float = knob(1e-3, "peak learning rate", low=0, alias="learning_rate")
     schedule: Literal["linear", "cosine", "constant"] = knob("linear", "learning rate after warm-up", alias="lr_scheduler_type")
     warmup: float = knob(0.03, "share of the steps with rising learning rate", low=0, high=1, alias="warmup_ratio")
-    batch: int = knob(8, "sequences per device and forward pass", low=1, alias="per_device_train_batch_size")
+    batch: int = knob(8, "sequences per device and forward pass", low=1, alias=("batch_size", "per_device_train_batch_size"))
     accumulate: int = knob(1, "forward passes per optimizer step", low=1, alias="gradient_accumulation_steps")
-    context: int = knob(256, "tokens per sequence", low=2, alias="max_length")
+    context: int = knob(256, "tokens per sequence", low=2, alias=("max_length", "max_seq_length"))
     weight_decay: float = knob(0.0, "AdamW weight decay", low=0)
     clip: float = knob(1.0, "gradient norm limit; 0: none", low=0, alias="max_grad_norm")
     optimizer: str = knob("adamw", "adamw, adafactor, sgd, adamw_8bit (bitsandbytes), or any name that transformers knows", alias="optim")
@@ -180,7 +180,7 @@ def _coerce(kind: Any, value: Any, where: str, root: Path) -> Any:
     if kind in (int, float):
         try:
             n = number(value)
-        except (ValueError, TypeError, InvalidOperation, OverflowError):
+        except (ValueError, TypeError, ArithmeticError):
             raise _wrong(where, kind, value) from None
         if not math.isfinite(n) or (kind is int and n != int(n)):
             raise _wrong(where, kind, value)
@@ -201,7 +201,7 @@ def build(cls: Any, values: Any, where: str = "", root: Path = Path(".")) -> Any
     fields = {f.name: f for f in dataclasses.fields(cls)}
     prefix = f"{where}." if where else ""
     given = {}
-    aliases = {f.metadata["alias"]: name for name, f in fields.items() if f.metadata.get("alias")}
+    aliases = {alias: name for name, f in fields.items() for alias in _names(f.metadata.get("alias"))}
     for key, value in values.items():
         if key in aliases and key not in fields:
             if aliases[key] in values:
@@ -220,6 +220,10 @@ def build(cls: Any, values: Any, where: str = "", root: Path = Path(".")) -> Any
         if name not in given and f.default is MISSING and f.default_factory is MISSING:
             raise UserError(f"{prefix}{name} is missing", f.metadata.get("help", ""), f"give {prefix}{name}")
     return cls(**given)
+
+
+def _names(alias: Any) -> tuple[str, ...]:
+    return (alias,) if isinstance(alias, str) else tuple(alias or ())
 
 
 def resolve(value: Any, root: Path) -> Any:

@@ -1,6 +1,7 @@
 """A recipe under way, and what it gives."""
 
 from dataclasses import dataclass, field, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ class Result:
     to: Path | None
     steps: list[dict[str, Any]] = field(default_factory=list)
     report: Report = field(default_factory=lambda: Report(""))
+
+    def _repr_html_(self) -> str:
+        """The report, where a notebook shows the result; the frame keeps the page's styles to itself."""
+        return f'<iframe srcdoc="{escape(self.report.html())}" style="width:100%;height:600px;border:0"></iframe>'
 
     @property
     def certificate(self) -> dict[str, Any] | None:

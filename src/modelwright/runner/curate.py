@@ -1,13 +1,16 @@
 """A step that makes data."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from modelwright import registry
-from modelwright.runner.context import Run
+from modelwright.core.job import Finding
+from modelwright.runner.context import Run, with_dataset
 from modelwright.runner.recipe import Step
 
 
 def curate(r: Run, step: Step, folder: Path) -> dict[str, Any]:
     with r.progress.task(step.entry.name):
-        return {"facts": registry.load(step.entry)(step.knobs, folder, r.recipe.seed)}
+        found = registry.load(step.entry)(with_dataset(r, step.knobs), folder, r.recipe.seed)
+    return {f.name: getattr(found, f.name) for f in fields(found)} if isinstance(found, Finding) else {"facts": found}

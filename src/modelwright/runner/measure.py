@@ -13,6 +13,7 @@ from modelwright.runner.recipe import Step
 def measure(r: Run, step: Step, folder: Path) -> dict[str, Any]:
     source = None
     if r.checkpoint and "checkpoint" in (*step.entry.takes, *step.entry.may_take):
+        import modelwright.models  # noqa: F401 - our classes become known to the Auto classes
         from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
 
         silence_transformers()

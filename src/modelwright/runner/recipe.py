@@ -188,13 +188,15 @@ def parse(raw: Any, root: Path = Path("."), name: str = "recipe") -> Recipe:
 
 def read(path: str | Path, sets: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe in a YAML file (or a ready one by name), with `--set` overrides applied."""
-    file = Path(path)
+    file = expanded(path)
     if not file.exists() and (ready := ready_recipes().get(str(path))):
         file = ready
     if not file.is_file():
         raise UserError(f"no recipe at {path}", how=did_you_mean(str(path), ready_recipes()))
     try:
         words = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read", (error.strerror or "the system refuses").lower(), "check the path") from None
     except UnicodeDecodeError:
         raise UserError(f"{file} is no text", "it is not UTF-8", "give a recipe in YAML") from None
     raw = read_yaml(words, str(file))

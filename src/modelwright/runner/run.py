@@ -289,7 +289,7 @@ def _publish(r: Run, result: Result, to: Path) -> None:
     shutil.rmtree(small, ignore_errors=True)
     for i, step in enumerate(recipe.steps):
         (small / f"{i}-{step.entry.name}").mkdir(parents=True)
-        for name in ("done.json", "dynamics.parquet", "log.jsonl", "adapter"):
+        for name in ("done.json", "dynamics.parquet", "log.jsonl", "removed.jsonl", "adapter"):
             source = r.work / f"{i}-{step.entry.name}" / name
             if source.is_dir():
                 shutil.copytree(source, small / f"{i}-{step.entry.name}" / name)

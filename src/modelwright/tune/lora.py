@@ -19,9 +19,9 @@ from modelwright.core.train.technique import Technique
 
 @dataclass(frozen=True)
 class Knobs(Tune):
-    r: int = knob(8, "rank", low=1)
-    alpha: float = knob(16.0, "scale: the update is alpha / r times B A")
-    dropout: float = knob(0.0, "dropout on the adapter's input", low=0, high=1)
+    r: int = knob(8, "rank", low=1, alias="rank")
+    alpha: float = knob(16.0, "scale: the update is alpha / r times B A", alias="lora_alpha")
+    dropout: float = knob(0.0, "dropout on the adapter's input", low=0, high=1, alias="lora_dropout")
     roles: list[str] = knob(["attn.q", "attn.v"], "roles of the matrices that get an adapter")
 
 
@@ -41,7 +41,9 @@ class Lora(Technique):
     def attach(self, model: Any, anatomy: Anatomy) -> Any:
         if not self.knobs.roles:
             raise UserError("roles is empty", "nothing would be trained", "give at least one, such as attn.q")
-        modules, parameters, transposed = [], [], False
+        modules: list[str] = []
+        parameters: list[str] = []
+        transposed = False
         matrices = [p for p in anatomy if p.kind == "weight" and len(p.shape) > 1]
         for role in self.knobs.roles:
             found = [p for p in matrices if p.role in (role, _FUSED.get(role))]

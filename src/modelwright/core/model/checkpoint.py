@@ -39,6 +39,7 @@ _COMPANIONS = re.compile(
     r"(tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json|vocab\.(json|txt)|merges\.txt|added_tokens\.json|"
     r"chat_template\.jinja|chat_template\.json|spiece\.model|sentencepiece\.bpe\.model|generation_config\.json|preprocessor_config\.json)"
 )
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _OPEN_SHARDS = 2
 _MOST = {  # what no model has: building it would never end
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "num_decoder_layers"), 2_000),
@@ -279,7 +280,7 @@ class Checkpoint:
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the weights, or None where there is none."""
-        if not any(self.folder.glob("tokenizer*")) and not (self.folder / "vocab.json").exists():
+        if not any((self.folder / name).is_file() for name in _TOKENIZERS):
             return None
         from transformers import AutoTokenizer
 
