@@ -130,6 +130,8 @@ def _judged(runs: list[Run], pairs: int, desk: Desk) -> Finding:
     ]
     found.tables += failures(counts)
     found.facts = {"judge": desk.judge.name, "answers": counts["answers"], "answers kept before": counts["reused"]}
+    if counts["kept_lines_not_read"]:
+        found.facts["kept answers that could not be read"] = counts["kept_lines_not_read"]
     return found
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from modelwright.core.report.progress import Tick
+from modelwright.judge.ask.kept import Kept
 from modelwright.judge.ask.protocol import ANSWERED, Answer, Judge, Prompt
 from modelwright.judge.ask.thoughts import without_thoughts
 
@@ -55,6 +56,7 @@ class Desk:
             "requests": sum(self.statuses.values()),
             "answers": {k: self.statuses[k] for k in ANSWERED if self.statuses[k]},
             "reused": self.reused,
+            "kept_lines_not_read": self.judge.torn if isinstance(self.judge, Kept) else 0,
             "failed": failed,
             "failures_say": self.said,
             "troubles_on_the_way": dict(self.troubles),
