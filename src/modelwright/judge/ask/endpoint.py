@@ -98,16 +98,9 @@ class Endpoint:
 
     def client(self) -> "AsyncOpenAI":
         """A client that waits, fails and repeats as the limits say. Belongs to the event loop that it is made in."""
-        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+        from openai import AsyncOpenAI
 
-        http = DefaultAsyncHttpxClient(follow_redirects=False)
-        return AsyncOpenAI(
-            api_key=self._key or "none",
-            base_url=self.url,
-            timeout=self.limits.timeout,
-            max_retries=0,
-            http_client=http,
-        )
+        return AsyncOpenAI(api_key=self._key or "none", base_url=self.url, timeout=self.limits.timeout, max_retries=0)
 
     async def answer(self, client: "AsyncOpenAI", prompt: Prompt) -> Answer:
         """The answer to one prompt, or what became of it. Raises UserError where no further request can succeed."""
@@ -139,14 +132,14 @@ class Endpoint:
         await asyncio.sleep(at - now)
 
     async def _post(self, client: "AsyncOpenAI", prompt: Prompt) -> Answer:
+        import httpx2  # the HTTP library of the openai package
         from openai import APIConnectionError, APIStatusError, APITimeoutError, Omit
 
-        headers: Any = None if self._key else {"Authorization": Omit()}
-        messages: Any = [{"role": role, "content": plain_text(text)} for role, text in prompt.messages]
-        try:
-            reply = await client.chat.completions.with_raw_response.create(
-                model=self.model, messages=messages, extra_body=self._fields(prompt), extra_headers=headers
-            )
+        options: Any = {"follow_redirects": False}
+        if not self._key:
+            options["headers"] = {"Authorization": Omit()}
+        try:  # the raw response: what is in it is read with care below, and the package's own models cost more than the request
+            reply = await client.post("/chat/completions", cast_to=httpx2.Response, body=self._body(prompt), options=options)
         except APITimeoutError as error:
             raise Failure("timeout", str(error)) from None
         except APIConnectionError as error:
@@ -158,15 +151,16 @@ class Endpoint:
         self._reached = True
         return read_reply(reply.content, prompt, self.limits.price_in, self.limits.price_out)
 
-    def _fields(self, prompt: Prompt) -> dict[str, Any]:
-        """What a request says beside the model and the messages."""
-        fields: dict[str, Any] = {
+    def _body(self, prompt: Prompt) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [{"role": role, "content": plain_text(text)} for role, text in prompt.messages],
             "max_tokens": prompt.max_tokens or 16,  # an endpoint gives probabilities of what it writes
             "temperature": prompt.temperature,
         }
         if prompt.options and self.limits.logprobs:
-            fields |= {"logprobs": True, "top_logprobs": 20}
-        return {name: value for name, value in (fields | self.limits.body).items() if value is not None}
+            body |= {"logprobs": True, "top_logprobs": 20}
+        return {name: value for name, value in (body | self.limits.body).items() if value is not None}
 
     def _hopeless(self, failure: Failure) -> bool:
         if failure.kind == "refused":
