@@ -102,7 +102,8 @@ def aor(q: Question, answers: list[str], knobs: Knobs, rng: Random) -> Generator
     standing = Standing(sampled=min(knobs.n, len(answers)))
     new = _by_answer(answers, range(standing.sampled), official)
     if len(new) == 1:
-        return Choice(*new, standing.sampled)
+        (only,) = new
+        return Choice(only, standing.sampled)
     best: Best = {}
     first_round = True
     while True:

@@ -173,7 +173,7 @@ def found(runs: dict[str, Run]) -> Finding:
     ]
     tables: list[dict[str, Any]] = [{"title": "Percent", "columns": ["run", "AA", "BWT", "FWT", "LA"], "rows": rows}]
     cut = [[name, t, c["train"], c["test"]] for name, r in runs.items() for t, c in zip(r.tasks, r.cut or [], strict=False)]
-    if any(c[2] + c[3] for c in cut):
+    if any(train or test for _, _, train, test in cut):
         tables.append({"title": "Sentences cut at the context", "columns": ["run", "task", "train", "test"], "rows": cut})
     return Finding(
         metrics,

@@ -102,8 +102,10 @@ def test_a_kept_line_that_is_no_utf_8_is_not_half_read(tmp_path: Path) -> None:
 
 def test_what_an_earlier_run_paid_is_not_paid_again(tmp_path: Path) -> None:
     file = tmp_path / "kept.jsonl"
-    first, again = Desk(Kept(Echo(), file)), Desk(Kept(Echo(until=0), file))
-    first(prompts("a")), again(prompts("a"))
+    first = Desk(Kept(Echo(), file))
+    first(prompts("a"))
+    again = Desk(Kept(Echo(until=0), file))
+    again(prompts("a"))
     assert (first.cost, again.cost, again.reused) == (0.5, 0, 1)
 
 

@@ -70,7 +70,10 @@ def alpacaeval(path: Path, columns: dict[str, str], knobs: Settings, job: Job) -
             error = float(100 * row.std(ddof=1) / np.sqrt(len(row))) if len(row) > 1 else None
             models[m][k] = {"win_rate": float(rates[k][i]), "standard_error": error, "interval": between[k][i], "rank": float(place[k][i])}
     board = _table(knobs.leaderboard, ("win_rate", "length_controlled_winrate")) if knobs.leaderboard else {}
-    metrics: dict[str, Any] = {"suite": "alpacaeval", "weights": ("official" if official else "own fit") if fit else None, "models": models}
+    weights = None
+    if fit:
+        weights = "official" if official else "own fit"
+    metrics: dict[str, Any] = {"suite": "alpacaeval", "weights": weights, "models": models}
     metrics["leaderboard"] = _errors(a.models, rates, board)
     metrics["correlation"] = {k: _correlations(a.models, v, board, knobs.arena) for k, v in rates.items()}
     metrics["gameability"] = {k: _gameability(a.models, v, rates["raw"]) for k, v in rates.items()}
@@ -154,12 +157,12 @@ def _arena(path: Path) -> dict[str, dict[str, float]]:
     names = [c for c in rows[0] if c and c.startswith("Arena")]
     if not names:
         raise UserError(f"{path} has no column that starts with 'Arena'", how="give a csv of models and Arena scores")
-    return {
-        " ".join(f"{path.stem}, {c.removeprefix('Arena')}".split()) if len(names) > 1 else path.stem: {
-            next(iter(r.values())): _number(r[c], c, str(path)) for r in rows if (r[c] or "").strip()
-        }
-        for c in names
-    }
+    tables = {}
+    for c in names:
+        title = " ".join(f"{path.stem}, {c.removeprefix('Arena')}".split()) if len(names) > 1 else path.stem
+        rated = [r for r in rows if (r[c] or "").strip()]
+        tables[title] = {next(iter(r.values())): _number(r[c], c, str(path)) for r in rated}
+    return tables
 
 
 def _number(value: str | None, column: str, path: str) -> float:
