@@ -27,7 +27,7 @@ from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.core.model.lineage import write_json
 from modelwright.judge.ask import prompts
-from modelwright.judge.ask.desk import Desk, failures
+from modelwright.judge.ask.desk import Counts, Desk, failures
 from modelwright.judge.ask.judges import open_judge
 from modelwright.judge.ask.prompts import STRATEGIES, Strategy
 from modelwright.judge.ask.protocol import Answer, Prompt
@@ -224,7 +224,7 @@ def _replayed(knobs: Knobs, strategies: list[str]) -> Finding:
     return found
 
 
-def _lost(counts: dict[str, Any]) -> str:
+def _lost(counts: Counts) -> str:
     lost = sum(counts["failed"].values())
     if not lost:
         return "Every request was answered."
