@@ -45,7 +45,9 @@ class Knobs:
     strategies: list[str] = knob([], "ways to ask: vanilla, rules, cot, swap, metrics_reference, rating, ...; empty: all fifteen")
     subsets: list[str] = knob([], "subsets to take, by name or its last part; empty: all")
     limit: int | None = knob(None, "pairs per subset, at most", low=1)
-    url: str | None = knob(None, "OpenAI-compatible endpoint to ask, as in https://api.openai.com/v1; empty: the checkpoint judges")
+    url: str | None = knob(
+        None, "OpenAI-compatible endpoint to ask, as in https://api.openai.com/v1 (extra: endpoint); empty: the checkpoint judges"
+    )
     model: str | None = knob(None, "name of the model at the endpoint")
     endpoint: dict[str, Any] = knob(
         {}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, logprobs, body"
