@@ -7,7 +7,7 @@ is the control that knows nothing.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import numpy as np
@@ -16,8 +16,8 @@ from common import SHARED, save, spread
 from modelwright.core.numbers.stats import mcnemar
 from modelwright.judge.aor import Knobs, run
 from modelwright.judge.chains import letters
-from modelwright.judge.chains.answers import same
-from modelwright.judge.chains.questions import Question, coverage, measure, read_chains
+from modelwright.judge.chains.answers import Choice, same
+from modelwright.judge.chains.questions import Measured, Question, coverage, measure, read_chains
 from modelwright.judge.chains.scoring import Request, Scores
 from modelwright.judge.select import select
 
@@ -45,35 +45,51 @@ def steps_only(question: str, chain: str) -> float:
 
 
 def judges(seed: int) -> dict[str, Score]:
-    made: dict[str, Score] = {"letters": letters.score}
-    made |= {f"letters, noise {d}": noisy(d, seed) for d in (1, 2, 4)}
-    return made | {"steps only": steps_only, "random": lambda q, c: Random(f"{seed} {q} {c}").uniform(0, 10)}
+    scores: dict[str, Score] = {"letters": letters.score}
+    scores |= {f"letters, noise {d}": noisy(d, seed) for d in (1, 2, 4)}
+    return scores | {"steps only": steps_only, "random": lambda q, c: Random(f"{seed} {q} {c}").uniform(0, 10)}
+
+
+@dataclass
+class Trials:
+    """Every way to choose on every seed: measures by (method, judge, budget), and which questions each got right."""
+
+    measures: dict[tuple[str, str, str], list[Measured]] = field(default_factory=dict)
+    right: dict[tuple[str, str, str], list[np.ndarray]] = field(default_factory=dict)
+
+    def add(self, name: tuple[str, str, str], asked: list[Question], chosen: list[Choice]) -> None:
+        self.measures.setdefault(name, []).append(measure(asked, chosen, "letters"))
+        right = np.array([same(c.answer, q.answer, "letters") for c, q in zip(chosen, asked, strict=True)])
+        self.right.setdefault(name, []).append(right)
+
+
+def trials(recorded: list[Question]) -> Trials:
+    results = Trials()
+    for seed in SEEDS:
+        asked = [Question(q.text, q.answer, Random(f"{seed} {i}").sample(q.chains, len(q.chains))) for i, q in enumerate(recorded)]
+        for n in (5, 10, 20, 40):
+            results.add(("self_consistency", "", str(n)), asked, [select(q.chains, kind="letters", n=n) for q in asked])
+        for method in ("esc", "adaptive", "complexity"):
+            results.add((method, "", "40"), asked, [select(q.chains, method, kind="letters") for q in asked])
+        for name, score in judges(seed).items():
+            for n, most in BUDGETS if name in ("letters", "random") else BUDGETS[-1:]:
+                chosen = run(asked, scorer(score), replace(Knobs(chains="", kind="letters"), n=n, max=most), seed)
+                results.add(("aor", name, f"{n} to {most}"), asked, chosen)
+    return results
 
 
 def main() -> None:
     recorded = read_chains(FILE, "letters", {})
-    found: dict[tuple[str, str, str], list[dict]] = {}
-    right: dict[str, list[np.ndarray]] = {}
-    for seed in SEEDS:
-        asked = [Question(q.text, q.answer, Random(f"{seed} {i}").sample(q.chains, len(q.chains))) for i, q in enumerate(recorded)]
-        votes = [("self_consistency", {"n": n}, str(n)) for n in (5, 10, 20, 40)]
-        for method, settings, at in [*votes, ("esc", {}, "40"), ("adaptive", {}, "40"), ("complexity", {}, "40")]:
-            chosen = [select(q.chains, method, kind="letters", **settings) for q in asked]
-            found.setdefault((method, "", at), []).append(measure(asked, chosen, "letters"))
-            right.setdefault(f"{method} {at}", []).append(marks(asked, chosen))
-        for name, score in judges(seed).items():
-            for n, most in BUDGETS if name in ("letters", "random") else BUDGETS[-1:]:
-                chosen = run(asked, scorer(score), replace(Knobs(chains="", kind="letters"), n=n, max=most), seed)
-                found.setdefault(("aor", name, f"{n} to {most}"), []).append(measure(asked, chosen, "letters"))
-                right.setdefault(f"aor {name} {n}", []).append(marks(asked, chosen))
+    results = trials(recorded)
     rows = [
-        [method, judge, budget, *(spread([r[k] for r in results]) for k in ("accuracy", "chains", "calls"))]
-        for (method, judge, budget), results in found.items()
+        [method, judge, budget, *(spread([r[k] for r in measures]) for k in ("accuracy", "chains", "calls"))]
+        for (method, judge, budget), measures in results.measures.items()
     ]
-    best, small, vote = (found[k] for k in (("aor", "letters", "20 to 40"), ("aor", "letters", "5 to 10"), ("self_consistency", "", "40")))
+    aor, voted = ("aor", "letters", "20 to 40"), ("self_consistency", "", "40")
+    best, vote, small = results.measures[aor], results.measures[voted], results.measures["aor", "letters", "5 to 10"]
     above = all(a["accuracy"] > v["accuracy"] and a["chains"] < v["chains"] for a, v in zip(best, vote, strict=True))
-    p = max(mcnemar(a, v) for a, v in zip(right["aor letters 20"], right["self_consistency 40"], strict=True))
-    blind = [r["accuracy"] for r in found["aor", "random", "20 to 40"]]
+    p = max(mcnemar(a, v) for a, v in zip(results.right[aor], results.right[voted], strict=True))
+    blind = [r["accuracy"] for r in results.measures["aor", "random", "20 to 40"]]
     save(
         "aor",
         claim="AoR with a judge that checks steps is above self-consistency over 40 chains, with fewer chains (2405.12939)",
@@ -91,10 +107,6 @@ def main() -> None:
             "the judge is a program that can check this task; a language model's scores lie somewhere between `letters` and `random`",
         ],
     )
-
-
-def marks(asked: list[Question], chosen: list) -> np.ndarray:
-    return np.array([same(c.answer, q.answer, "letters") for c, q in zip(chosen, asked, strict=True)])
 
 
 if __name__ == "__main__":

@@ -77,8 +77,9 @@ def memory(n: int) -> float:
     return tracemalloc.get_traced_memory()[1] / 2**20
 
 
-def main() -> None:
-    rows, ratios = [], {}
+def curves() -> tuple[list[list], list[float]]:
+    """Rows of locally weighted regression beside statsmodels, and how many times as fast each is."""
+    rows, ratios = [], []
     warm = scores(3_000, 0, whole=True)
     fit_and_apply(warm), statsmodels_lowess(warm, 0.5, 1.0)  # the first call imports
     for whole, kind in ((True, "whole characters"), (False, "all different")):
@@ -87,55 +88,57 @@ def main() -> None:
             for seed in SEEDS:
                 s = scores(300_000, seed, whole)
                 delta = 0.01 * float(np.ptp(s.features["length"]))
-                found: list[np.ndarray] = []
-                ours.append(cpu(lambda s=s, f=found, d=delta, q=frac: f.append(fit_and_apply(s, frac=q, delta=d))))
-                theirs.append(cpu(lambda s=s, f=found, d=delta, q=frac: f.append(statsmodels_lowess(s, q, d))))
-                apart.append(float(np.abs(found[0] - found[1]).max()))
-            name = f"LWR, frac {frac}, {kind}"
-            ratios[name] = float(np.median(theirs) / np.median(ours))
-            rows.append(
-                [name, "statsmodels, delta 1 % of the range", spread(ours), spread(theirs), ratios[name], f"differ by {max(apart):.1e}"]
-            )
+                results: list[np.ndarray] = []
+                ours.append(cpu(lambda s=s, r=results, d=delta, q=frac: r.append(fit_and_apply(s, frac=q, delta=d))))
+                theirs.append(cpu(lambda s=s, r=results, d=delta, q=frac: r.append(statsmodels_lowess(s, q, d))))
+                apart.append(float(np.abs(results[0] - results[1]).max()))
+            ratios.append(float(np.median(theirs) / np.median(ours)))
+            name, beside = f"LWR, frac {frac}, {kind}", "statsmodels, delta 1 % of the range"
+            rows.append([name, beside, spread(ours), spread(theirs), ratios[-1], f"differ by {max(apart):.1e}"])
         default = [cpu(lambda s=s: fit_and_apply(s, frac=1.0)) for s in (scores(300_000, seed, whole) for seed in SEEDS)]
-        rows.append(
-            [f"LWR, frac 1.0, {kind}, delta by default", "", spread(default), "", "", "finer: 1 % of the middle 98 % of the lengths"]
-        )
-    window = []
+        remark = "finer: 1 % of the middle 98 % of the lengths"
+        rows.append([f"LWR, frac 1.0, {kind}, delta by default", "", spread(default), "", "", remark])
+    return rows, ratios
+
+
+def windows() -> tuple[list[list], float, float]:
+    """Rows of the window beside the published loop, and how many times faster it is at 300,000 and at 6,000 scores."""
+    ours, theirs = [], []
     for seed in SEEDS:
         s = scores(300_000, seed, whole=True)
-        window.append((cpu(lambda s=s: fit_and_apply(s, method="mean")), published_window(s, LOOPED)))
-    ours, theirs = ([w[i] for w in window] for i in (0, 1))
-    ratio = float(np.median(theirs) / np.median(ours))
-    rows.append(
-        ["window, 300,000", "the published loop", spread(ours), spread(theirs), ratio, f"loop timed on {LOOPED} pairs, scaled to all"]
-    )
+        ours.append(cpu(lambda s=s: fit_and_apply(s, method="mean")))
+        theirs.append(published_window(s, LOOPED))
+    large = float(np.median(theirs) / np.median(ours))
+    remark = f"loop timed on {LOOPED} pairs, scaled to all"
+    rows = [["window, 300,000", "the published loop", spread(ours), spread(theirs), large, remark]]
     s = scores(6_000, 0, whole=True)
-    small = [cpu(lambda: fit_and_apply(s, method="mean")) for _ in range(5)], [published_window(s, 3_000) for _ in range(3)]
-    small_ratio = float(np.median(small[1]) / np.median(small[0]))
-    rows.append(["window, 6,000 (RewardBench's size)", "the published loop, whole", spread(small[0]), spread(small[1]), small_ratio, ""])
-    peaks = {
-        n: float(subprocess.run([sys.executable, __file__, str(n)], capture_output=True, text=True, check=True).stdout)
-        for n in (150_000, 300_000)
-    }
-    rows.append(
-        [
-            "peak memory, 150,000 and 300,000, MiB",
-            "",
-            f"{peaks[150_000]:.0f}",
-            f"{peaks[300_000]:.0f}",
-            peaks[300_000] / peaks[150_000],
-            "linear: 2",
-        ]
-    )
+    ours = [cpu(lambda: fit_and_apply(s, method="mean")) for _ in range(5)]
+    theirs = [published_window(s, 3_000) for _ in range(3)]
+    small = float(np.median(theirs) / np.median(ours))
+    rows.append(["window, 6,000 (RewardBench's size)", "the published loop, whole", spread(ours), spread(theirs), small, ""])
+    return rows, large, small
+
+
+def peak(n: int) -> float:
+    """Peak MiB at n scores, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, str(n)], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def main() -> None:
+    curve_rows, ratios = curves()
+    window_rows, large, small = windows()
+    half, whole = peak(150_000), peak(300_000)
+    memory_row = ["peak memory, 150,000 and 300,000, MiB", "", f"{half:.0f}", f"{whole:.0f}", whole / half, "linear: 2"]
     save(
         "calibrate",
         claim="300,000 scores are fitted and applied no slower than by statsmodels' lowess with delta, and at least 20 times faster than "
         "by the published window's per-row loop; memory is linear.",
-        outcome=f"LWR is {min(ratios.values()):.2f} to {max(ratios.values()):.1f} times as fast as statsmodels (below 1: slower, where all "
-        f"features differ); the window is {ratio:,.0f} times faster than the loop at 300,000 scores and {small_ratio:,.0f} times at 6,000; "
-        f"twice the scores take {peaks[300_000] / peaks[150_000]:.2f} times the memory.",
+        outcome=f"LWR is {min(ratios):.2f} to {max(ratios):.1f} times as fast as statsmodels (below 1: slower, where all features "
+        f"differ); the window is {large:,.0f} times faster than the loop at 300,000 scores and {small:,.0f} times at 6,000; twice the "
+        f"scores take {whole / half:.2f} times the memory.",
         columns=["task", "beside", "CPU seconds, ours", "CPU seconds, theirs", "theirs / ours", "remark"],
-        rows=rows,
+        rows=[*curve_rows, *window_rows, memory_row],
         seeds=SEEDS,
         notes=["medians over seeds with their range, one thread; reading and writing files is not counted"],
     )

@@ -210,6 +210,9 @@ def test_scores_choose_where_they_are_given() -> None:
         ({"chains": []}, {}, "has no chains in 'chains', because a list of texts is needed"),
         ({"chains": ["the answer is 3"], "scores": [1, 2]}, {"methods": ["best_of_n"]}, "has 2 scores for 1 chains"),
         ({"scores": [float("nan")]}, {"methods": ["best_of_n"]}, "a finite number is needed"),
+        ({"scores": [10**400]}, {"methods": ["best_of_n"]}, "a finite number is needed"),
+        ({"scores": "7"}, {"methods": ["best_of_n"]}, "has no list of scores in 'scores', because it holds '7'"),
+        ({"scores": 7}, {"methods": ["best_of_n"]}, "has no list of scores"),
         (None, {}, "is empty"),
     ],
 )

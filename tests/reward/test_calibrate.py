@@ -162,12 +162,80 @@ def test_a_saved_calibrator_is_the_same_calibrator(method: str, tmp_path) -> Non
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", "[1]", '{"modelwright": "other"}', '{"modelwright": "calibrator", "method": "lwr", "biases": [{"x": 1}]}']
+    "text",
+    [
+        "",
+        "{}",
+        "[1]",
+        '{"modelwright": "other"}',
+        '{"modelwright": "calibrator", "method": "lwr", "biases": [{"x": 1}]}',
+        pytest.param("[" * 100_000, id="deep"),
+    ],
 )
 def test_a_broken_calibrator_file_is_one_sentence(text: str, tmp_path) -> None:
     (tmp_path / "c.json").write_text(text)
     with pytest.raises(UserError, match="is no calibrator"):
         Calibrator.load(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "said"),
+    [
+        ("lwr", {"method": "loess"}, "'loess' is not a choice"),
+        ("lwr", {"method": "mean"}, "a bias by mean holds count, total, width, x"),
+        ("lwr", {"method": "penalty"}, "a penalty has no curve"),
+        ("lwr", {"alphas": [True]}, "does not fit"),
+        ("lwr", {"frac": 2}, "out of range"),
+        ("lwr", {"width": "wide"}, "width is no width"),
+        ("lwr", {"biases": []}, "no bias for each of its 1 features"),
+        ("lwr", {"more": 1}, "unknown key"),
+        ("lwr", {"x": [3, 1, 2]}, "x does not rise"),
+        ("lwr", {"x": [1, 2, True]}, "x is no list of finite numbers"),
+        ("lwr", {"y": [1, 2]}, "y holds 2 numbers for 3 of x"),
+        ("lwr", {"y": [1, 2, float("nan")]}, "y is no list of finite numbers"),
+        ("lwr", {"y": [1, 2, 10**400]}, "y is no list of finite numbers"),
+        ("mean", {"count": [1, 0, 1]}, "count holds something that is no count"),
+        ("mean", {"count": [1, 1.5, 1]}, "count holds something that is no count"),
+        ("mean", {"width": -1}, "width is no width"),
+    ],
+)
+def test_a_calibrator_that_was_changed_is_not_applied(method: str, change: dict, said: str, tmp_path) -> None:
+    bias = {"x": [1.0, 2.0, 3.0], "y": [1.0, 2.0, 3.0]}
+    if method == "mean":
+        bias = {"x": [1.0, 2.0, 3.0], "count": [1, 1, 1], "total": [1.0, 2.0, 3.0], "width": 1.0}
+    Calibrator(method=method).save(tmp_path / "c.json")
+    plain = json.loads((tmp_path / "c.json").read_text()) | {"biases": [bias]}
+    (tmp_path / "c.json").write_text(json.dumps(plain))
+    Calibrator.load(tmp_path / "c.json")
+    for key, value in change.items():
+        into = bias if key in bias else plain
+        into[key] = value
+    (tmp_path / "c.json").write_text(json.dumps(plain))
+    with pytest.raises(UserError, match=f"is no calibrator, because .*{said}"):
+        Calibrator.load(tmp_path / "c.json")
+
+
+def test_a_fitted_calibrator_and_a_setting_that_contradicts_it_are_refused(tmp_path) -> None:
+    s, length, group = data(20)
+    rows = [
+        {"scores_chosen": s[i], "scores_rejected": s[20 + i], "length_chosen": length[i], "length_rejected": length[20 + i]}
+        for i in range(20)
+    ]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    Calibrator(frac=0.5).fit(s, both(length), group).save(tmp_path / "c.json")
+    knobs = {"scores": tmp_path / "s.jsonl", "fitted": tmp_path / "c.json", "draws": 100}
+    modelwright.run("reward.calibrate", to=tmp_path / "out", **knobs, frac=0.5)
+    with pytest.raises(UserError, match="method=mean does not fit the fitted calibrator, because it has method=lwr"):
+        modelwright.run("reward.calibrate", to=tmp_path / "other", **knobs, method="mean")
+
+
+def test_a_few_pairs_that_agree_make_nothing_certain() -> None:
+    two = pairs("x", np.array([2.0, 3.0]), np.array([1.0, 1.0]), {"length": (np.array([1.0, 2.0]), np.array([3.0, 4.0]))})
+    found = compare({"raw": two.score, "worse": -two.score, "same": two.score + 1}, two, draws=100)
+    assert found["raw"]["accuracy"] == 100 and found["raw"]["accuracy_interval"] == pytest.approx([34.24, 100], abs=0.01)
+    low, high = found["worse"]["change_interval"]
+    assert found["worse"]["change"] == -100 == low and high > 0, "two pairs that turned are no clear change"
+    assert found["same"]["change_interval"] == [0, 0]
 
 
 def test_cross_fitted_scores_do_not_know_their_own_group() -> None:
@@ -255,6 +323,8 @@ def test_the_step_prints_both_and_its_output_feeds_it_again(tmp_path) -> None:
         ({"frac": 0.1}, np.arange(12.0), np.arange(12.0), "frac=0.1 of 12 scores is fewer than 3"),
         ({}, np.r_[np.nan, np.arange(11.0)], np.arange(12.0), "row 1 of 'scores' is nan"),
         ({}, np.arange(12.0), np.r_[np.arange(11.0), np.inf], "row 12 of 'length' is inf"),
+        ({}, np.r_[1e308, np.arange(11.0)], np.arange(12.0), "row 1 of 'scores' is 1e\\+308"),
+        ({}, [10**400, *range(11)], np.arange(12.0), "'scores' holds something that is no number"),
         ({}, np.arange(12.0), np.arange(11.0), "'length' has shape"),
         ({}, ["a"] * 12, np.arange(12.0), "'scores' holds something that is no number"),
         ({"features": ("words",)}, np.arange(12.0), np.arange(12.0), "the feature 'words' is missing"),

@@ -190,6 +190,23 @@ def test_length_control_finds_the_rates_that_made_the_annotations(tmp_path: Path
     assert np.abs(100 * rates.mean(1) - truth).max() < 0.5 and weights[:, 0] == pytest.approx(w1, abs=0.1)
 
 
+def test_the_length_gap_is_scaled_by_the_sample_s_deviation(tmp_path: Path) -> None:
+    """As AlpacaEval does: the deviation of n gaps divides by n - 1."""
+    rows = [
+        {"model": "m", "instruction": i, "preference": 1.5, "len_base": 1000 + gap, "len_model": 1000}
+        for i, gap in enumerate((100, -200, 400))
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert Annotations(tmp_path / "a.json", {}).tanh[0] == pytest.approx(np.tanh([1 / 3, -2 / 3, 4 / 3]))
+
+
+def test_two_instructions_that_were_won_make_nothing_certain(tmp_path: Path) -> None:
+    rows = [{"model": "m", "instruction": i, "preference": 2.0, "len_base": 1, "len_model": 1 + i} for i in range(2)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    found = bench("alpacaeval", tmp_path / "a.json", draws=100)["models"]["m"]["raw"]
+    assert found["win_rate"] == 100 and found["interval"] == pytest.approx([34.24, 100], abs=0.01)
+
+
 def test_alpacaeval_reads_annotations_and_judges_by_a_reward_model(tmp_path: Path) -> None:
     annotations = [
         {"instruction": f"q{i}", "output_1": "ab", "output_2": "abc", "generator_1": "base", "generator_2": "m", "preference": p}
@@ -228,6 +245,9 @@ ANNOTATED = {"model": "m", "instruction": 1, "preference": 1.5, "len_base": 1, "
         ("rewardbench", PAIR | {"subset": "x"}, "none of RewardBench's subsets"),
         ("rmbench", STYLES | {"score_chosen": [1, 2]}, "no three scores in 'score_chosen'"),
         ("rmbench", STYLES, "has no column 'chosen'"),
+        ("judgebench", JUDGED | {"pair_id": "x"}, "pair_id 'x' stands twice"),
+        ("judgebench", JUDGED | {"scores": [1, 10**400]}, "is beyond 1e100"),
+        ("rmbench", STYLES | {"score_chosen": [1, 2, 1e308]}, "is beyond 1e100"),
         ("alpacaeval", ANNOTATED | {"preference": 3}, "a preference .* is 3"),
         ("alpacaeval", ANNOTATED | {"preference": None}, "m has no preference"),
     ],
@@ -245,11 +265,27 @@ def test_missing_or_foreign_files_are_one_sentence(shared: Path, tmp_path: Path)
     with pytest.raises(UserError, match="no file at"):
         bench("judgebench", tmp_path / "none.jsonl")
     (tmp_path / "empty").mkdir()
+    for text, said in (
+        ('{"mt-bench-hard": 7}', "the accuracy of mt-bench-hard in .* is 7, because it must be a share"),
+        ('{"mt-bench-hard": true}', "is True, because it must be a share"),
+        ('{"mt-bench-hard": NaN}', "is nan, because it must be a share"),
+        ("[" * 100_000, "does not parse"),
+    ):
+        (tmp_path / "shares.json").write_text(text)
+        with pytest.raises(UserError, match=said):
+            bench("rewardbench", tmp_path / "shares.json")
+    (tmp_path / "twice.jsonl").write_text((json.dumps(STYLES | {"chosen": ["a"] * 3, "rejected": ["b"] * 3}) + "\n") * 2)
+    with pytest.raises(UserError, match="id 1 stands twice"):
+        bench("rmbench", tmp_path / "twice.jsonl")
     with pytest.raises(UserError, match="holds no json"):
         bench("rewardbench", tmp_path / "empty")
     pairs, board = alpaca(shared, "pairs.csv.gz", "leaderboard_v2.csv")
     with pytest.raises(UserError, match="no column 'np.tanh"):
         bench("alpacaeval", pairs, weights=str(board))
+    lines = alpaca(shared, "lc_glm_weights.csv")[0].read_text().splitlines()
+    (tmp_path / "weights.csv").write_text("\n".join([*lines, lines[-1]]))
+    with pytest.raises(UserError, match="stands twice in"):
+        bench("alpacaeval", pairs, weights=str(tmp_path / "weights.csv"))
     with pytest.raises(UserError, match="no column that starts with 'Arena'"):
         bench("alpacaeval", pairs, arena=[str(board)])
     with pytest.raises(UserError, match="'judgbench' is not a choice; did you mean 'judgebench'"):

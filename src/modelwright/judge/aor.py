@@ -64,7 +64,9 @@ class Knobs:
     )
     columns: dict[str, str] = knob({}, "names of the columns question, answer, chains; by default these, or the only list of texts")
     limit: int | None = knob(None, "use at most this many questions", low=1)
-    url: str | None = knob(None, "OpenAI-compatible endpoint to ask, as in https://api.openai.com/v1; empty: the checkpoint judges")
+    url: str | None = knob(
+        None, "OpenAI-compatible endpoint to ask, as in https://api.openai.com/v1 (extra: endpoint); empty: the checkpoint judges"
+    )
     model: str | None = knob(None, "name of the model at the endpoint")
     endpoint: dict[str, Any] = knob({}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, body")
     cache: str | None = knob(None, "file that keeps every answer, for the next run to take up; empty: in the step's folder", path=True)
@@ -102,7 +104,8 @@ def aor(q: Question, answers: list[str], knobs: Knobs, rng: Random) -> Generator
     standing = Standing(sampled=min(knobs.n, len(answers)))
     new = _by_answer(answers, range(standing.sampled), official)
     if len(new) == 1:
-        return Choice(*new, standing.sampled)
+        (only,) = new
+        return Choice(only, standing.sampled)
     best: Best = {}
     first_round = True
     while True:

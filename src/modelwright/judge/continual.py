@@ -10,12 +10,17 @@ The runner is ours: labels are words scored within the task's own label set by l
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from modelwright.core.errors import UserError
 from modelwright.core.files import write_json
+=======
+from modelwright.core.errors import UserError, short
+>>>>>>> w-judge
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Train, knob
 
@@ -78,10 +83,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 def read(file: Path) -> dict[str, Run]:
     """Runs by name. The file holds runs {name: run}, or one: a run is {tasks, matrix, untrained} or {stage: {task, per}}."""
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} does not parse", str(error).splitlines()[0]) from None
+    raw = _json(file)
     if isinstance(raw, dict) and "matrix" in raw:
         raw = {file.stem: raw}
     if not isinstance(raw, dict) or not raw:
@@ -89,29 +91,62 @@ def read(file: Path) -> dict[str, Run]:
     return {name: _run(name, r) for name, r in raw.items()}
 
 
+def _json(file: Path) -> Any:
+    """What a json file holds. Raises UserError where it does not parse, or where a key stands twice: one would be lost."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, n in Counter(key for key, _ in pairs).items():
+            if n > 1:
+                raise ValueError(f"the key {key!r} stands {n} times in one object")
+        return dict(pairs)
+
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} does not parse", short(error)) from None
+
+
 def _run(name: str, raw: Any) -> Run:
     try:
-        if "matrix" in raw:
-            tasks, a, start = list(raw["tasks"]), raw["matrix"], raw.get("untrained")
-        else:
-            stages = [raw[k] for k in sorted(raw, key=int)]
-            tasks, start = [s["task"] for s in stages], None
-            a = [[(s.get("per") or {}).get(t) for t in tasks] for s in stages]
+        tasks, rows, untrained = _parts(raw)
         n = len(tasks)
-        if len(a) != n or any(len(row) != n for row in a):
-            raise ValueError(f"{len(a)} stages and {n} tasks, or a row of another length")
-        if start is not None and len(start) != n:
-            raise ValueError(f"{len(start)} accuracies of the untrained model and {n} tasks")
-        a, start = ([[None if v is None else float(v) for v in row] for row in rows] for rows in (a, [start or []]))
-        start = start[0] or None
-        bad = [v for row in (*a, start or []) for v in row if v is not None and not 0 <= v <= 100]
-        if bad:
-            raise ValueError(f"{bad[0]} is no accuracy in percent")
+        if len(rows) != n or any(len(row) != n for row in rows):
+            raise ValueError(f"{len(rows)} stages and {n} tasks, or a row of another length")
+        if untrained is not None and len(untrained) != n:
+            raise ValueError(f"{len(untrained)} accuracies of the untrained model and {n} tasks")
+        a = [[_accuracy(v) for v in row] for row in rows]
+        start = None if untrained is None else [_accuracy(v) for v in untrained]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"run '{name}' is no accuracy matrix", str(error), "write {tasks: [...], matrix: [[...], ...]}") from None
+        raise UserError(f"run '{name}' is no accuracy matrix", short(error), "write {tasks: [...], matrix: [[...], ...]}") from None
     if n < 2:
         raise UserError(f"run '{name}' has {n} task", "a sequence has at least two", "give more tasks")
     return Run(tasks, a, start)
+
+
+def _parts(raw: Any) -> tuple[list[str], list[list[Any]], list[Any] | None]:
+    """Tasks, rows of accuracies and the untrained row of a recorded run, as lists."""
+    if "matrix" in raw:
+        tasks, rows, untrained = raw["tasks"], raw["matrix"], raw.get("untrained") or None
+    else:
+        stages = [raw[k] for k in sorted(raw, key=int)]
+        tasks, untrained = [s["task"] for s in stages], None
+        rows = [[(s.get("per") or {}).get(t) for t in tasks] for s in stages]
+    lists = [tasks, rows, *rows, *([] if untrained is None else [untrained])]
+    if not all(isinstance(part, list) for part in lists):  # a text would be read letter by letter
+        raise TypeError("a list is needed for the tasks, for the matrix and for each of its rows")
+    if not all(isinstance(t, str) for t in tasks):
+        raise TypeError("tasks have names")
+    return tasks, rows, untrained
+
+
+def _accuracy(value: Any) -> float | None:
+    """An accuracy in percent, or None where it was not measured."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 100:
+        shown = f"{float(value)}" if type(value) in (int, float) and abs(value) < 1e6 else repr(value)[:40]
+        raise ValueError(f"{shown} is no accuracy in percent")
+    return float(value)
 
 
 def found(runs: dict[str, Run]) -> Finding:
@@ -142,7 +177,7 @@ def found(runs: dict[str, Run]) -> Finding:
     ]
     tables: list[dict[str, Any]] = [{"title": "Percent", "columns": ["run", "AA", "BWT", "FWT", "LA"], "rows": rows}]
     cut = [[name, t, c["train"], c["test"]] for name, r in runs.items() for t, c in zip(r.tasks, r.cut or [], strict=False)]
-    if any(c[2] + c[3] for c in cut):
+    if any(train or test for _, _, train, test in cut):
         tables.append({"title": "Sentences cut at the context", "columns": ["run", "task", "train", "test"], "rows": cut})
     return Finding(
         metrics,
@@ -170,10 +205,7 @@ class Task:
 
 def read_task(file: Path, limit: int) -> Task:
     """A task file; UserError when a split is missing or a label is unknown."""
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} does not parse", str(error).splitlines()[0]) from None
+    raw = _json(file)
     for split in ("train", "test", "labels"):
         if not isinstance(raw, dict) or not raw.get(split):
             raise UserError(f"task {file} has no '{split}'", "train, test and labels are needed")

@@ -27,7 +27,7 @@ from modelwright.core.files import write_json
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.judge.ask import prompts
-from modelwright.judge.ask.desk import Desk, failures
+from modelwright.judge.ask.desk import Counts, Desk, failures
 from modelwright.judge.ask.judges import open_judge
 from modelwright.judge.ask.prompts import STRATEGIES, Strategy
 from modelwright.judge.ask.protocol import Answer, Prompt
@@ -45,7 +45,9 @@ class Knobs:
     strategies: list[str] = knob([], "ways to ask: vanilla, rules, cot, swap, metrics_reference, rating, ...; empty: all fifteen")
     subsets: list[str] = knob([], "subsets to take, by name or its last part; empty: all")
     limit: int | None = knob(None, "pairs per subset, at most", low=1)
-    url: str | None = knob(None, "OpenAI-compatible endpoint to ask, as in https://api.openai.com/v1; empty: the checkpoint judges")
+    url: str | None = knob(
+        None, "OpenAI-compatible endpoint to ask, as in https://api.openai.com/v1 (extra: endpoint); empty: the checkpoint judges"
+    )
     model: str | None = knob(None, "name of the model at the endpoint")
     endpoint: dict[str, Any] = knob(
         {}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, logprobs, body"
@@ -130,6 +132,8 @@ def _judged(runs: list[Run], pairs: int, desk: Desk) -> Finding:
     ]
     found.tables += failures(counts)
     found.facts = {"judge": desk.judge.name, "answers": counts["answers"], "answers kept before": counts["reused"]}
+    if counts["kept_lines_not_read"]:
+        found.facts["kept answers that could not be read"] = counts["kept_lines_not_read"]
     return found
 
 
@@ -222,7 +226,7 @@ def _replayed(knobs: Knobs, strategies: list[str]) -> Finding:
     return found
 
 
-def _lost(counts: dict[str, Any]) -> str:
+def _lost(counts: Counts) -> str:
     lost = sum(counts["failed"].values())
     if not lost:
         return "Every request was answered."

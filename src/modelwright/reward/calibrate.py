@@ -36,10 +36,13 @@ import numpy as np
 
 from modelwright.core.errors import UserError, short
 from modelwright.core.job import Finding, Job
-from modelwright.core.knobs import knob
+from modelwright.core.knobs import build, knob
 from modelwright.core.numbers.curves import Curve, lowess
+from modelwright.reward.table.biases import Bias, Window, from_plain, is_number, mean_difference, to_plain
 from modelwright.reward.table.evidence import compare, findings
-from modelwright.reward.table.scores import Scores, read
+from modelwright.reward.table.scores import Scores, checked, read
+
+SETTINGS = ("method", "frac", "it", "delta", "ratio", "min_calibrate_num", "penalty", "compat")  # that a calibrator takes as they are
 
 
 @dataclass(frozen=True)
@@ -69,30 +72,6 @@ class Knobs:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Mean of the pooled scores whose feature lies within `width` of a point; different features x (m,) rising."""
-
-    x: np.ndarray
-    count: np.ndarray  # (m,) scores at x
-    total: np.ndarray  # (m,) their sum
-    width: float
-
-    def __call__(self, q: np.ndarray, short_by_one: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Means at q (NaN for an empty window), and how many scores each window holds."""
-        low = np.searchsorted(self.x, q - self.width, side="left")
-        high = np.searchsorted(self.x, q + self.width, side="right")
-        middle = self.total.sum() / self.count.sum()  # small sums stay exact
-        totals = np.r_[0.0, np.cumsum(self.total - middle * self.count)]
-        counts = np.r_[0, np.cumsum(self.count)]
-        total, count = totals[high] - totals[low], counts[high] - counts[low]
-        if short_by_one:
-            top = np.maximum(high - 1, 0)
-            total, count = total - (self.total[top] / self.count[top] - middle), count - 1
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(count > 0, total / count, np.nan) + middle, count
-
-
-@dataclass(frozen=True)
 class Calibrator:
     """Settings (see Knobs), and after `fit` one bias per feature. `fit` returns a new one; nothing is changed in place."""
 
@@ -107,7 +86,7 @@ class Calibrator:
     width: float | None = None  # half a window, instead of the mean difference within a group / ratio
     penalty: float = 0.001
     compat: Literal["none", "official"] = "none"
-    biases: tuple[Curve | Window | None, ...] = field(default=(), compare=False)
+    biases: tuple[Bias, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.features or len(self.alphas) not in (1, len(self.features)):
@@ -119,25 +98,23 @@ class Calibrator:
         group: (n,) int, which responses are compared with each other (both sides of a pair have one number); without it
         all are. Raises UserError for equal features, values that are no finite numbers, or too few scores.
         """
-        rest = _checked("scores", scores, len(scores))
-        biases: list[Curve | Window | None] = []
-        for i, (name, alpha) in enumerate(self._alphas()):
-            c = _checked(name, self._feature(features, name), len(rest))
-            if self.method != "penalty" and (not len(c) or c.min() == c.max()):
-                raise UserError(f"all {len(c)} values of the feature '{name}' are equal", "no bias can be seen in it", "drop the feature")
-            biases.append(self._lwr(rest, c) if self.method == "lwr" else self._mean(rest, c, group) if self.method == "mean" else None)
-            if i + 1 < len(self.features):
-                rest = rest - alpha * self._bias(biases[-1], c, group)
+        rest = checked("scores", scores, len(scores))
+        biases: list[Bias] = []
+        for i, (name, alpha) in enumerate(self._alphas(), 1):
+            c = checked(name, self._feature(features, name), len(rest))
+            biases.append(self._fit_one(name, rest, c, group))
+            if i < len(self.features):  # the next feature sees what this one leaves
+                rest = rest - alpha * self._height(biases[-1], c, group)
         return replace(self, biases=tuple(biases))
 
     def bias(self, features: dict[str, np.ndarray], group: np.ndarray | None = None) -> np.ndarray:
         """What `apply` subtracts, (n,): the sum of alpha b(c) over the features."""
         if len(self.biases) != len(self.features):
             raise UserError("the calibrator is not fitted", how="call fit(scores, features) first and use what it returns")
-        parts = [
-            a * self._bias(b, np.asarray(self._feature(features, n), float), group)
-            for (n, a), b in zip(self._alphas(), self.biases, strict=True)
-        ]
+        parts = []
+        for (name, alpha), bias in zip(self._alphas(), self.biases, strict=True):
+            c = np.asarray(self._feature(features, name), np.float64)
+            parts.append(alpha * self._height(bias, c, group))
         return np.sum(parts, axis=0)
 
     def apply(self, scores: np.ndarray, features: dict[str, np.ndarray], group: np.ndarray | None = None) -> np.ndarray:
@@ -147,24 +124,26 @@ class Calibrator:
     def save(self, path: str | Path) -> None:
         """Write the fitted calibrator as json."""
         plain = {k: v for k, v in asdict(self).items() if k != "biases"}
-        biases = [{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(b).items()} if b else None for b in self.biases]
-        Path(path).write_text(json.dumps({"modelwright": "calibrator", **plain, "biases": biases}) + "\n", encoding="utf-8")
+        content = {"modelwright": "calibrator", **plain, "biases": [to_plain(b) for b in self.biases]}
+        Path(path).write_text(json.dumps(content) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibrator":
-        """Read what `save` wrote. Raises UserError for a file that is no calibrator."""
+        """Read what `save` wrote. Raises UserError for a file that is no calibrator, or not a whole one."""
         try:
             plain = json.loads(Path(path).read_text(encoding="utf-8"))
-            if plain.pop("modelwright") != "calibrator":
+            if not isinstance(plain, dict) or plain.pop("modelwright", None) != "calibrator":
                 raise ValueError("it was not written by Calibrator.save")
-            kind = {"lwr": Curve, "mean": Window}.get(plain["method"])
-            found = [
-                kind(**{k: np.asarray(v) if isinstance(v, list) else v for k, v in b.items()}) if kind else None
-                for b in plain.pop("biases")
-            ]
-            plain = {k: tuple(v) if isinstance(v, list) else v for k, v in plain.items()}
-            return cls(**plain, biases=tuple(found))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            biases, width = plain.pop("biases"), plain.pop("width")
+            knobs: Knobs = build(Knobs, {"scores": "", **plain}, "calibrator")  # the same types and bounds
+            if width is not None and not (is_number(width) and width >= 0):
+                raise ValueError("width is no width")
+            settings = {name: getattr(knobs, name) for name in SETTINGS}
+            if not isinstance(biases, list) or len(biases) != len(knobs.features):
+                raise ValueError(f"it holds no bias for each of its {len(knobs.features)} features")
+            fitted = tuple(from_plain(knobs.method, b) for b in biases)
+            return cls(tuple(knobs.features), alphas=tuple(knobs.alphas), width=width, **settings, biases=fitted)
+        except (OSError, ValueError, KeyError, RecursionError, UserError) as error:
             raise UserError(f"{path} is no calibrator", short(error), "give the calibrator.json of reward.calibrate") from None
 
     def _alphas(self) -> list[tuple[str, float]]:
@@ -175,16 +154,28 @@ class Calibrator:
             raise UserError(f"the feature '{name}' is missing", f"given are {', '.join(features) or 'none'}")
         return features[name]
 
-    def _bias(self, bias: Curve | Window | None, c: np.ndarray, group: np.ndarray | None) -> np.ndarray:
-        if isinstance(bias, Curve):
-            return bias.step(c) if self.compat == "official" else bias(c)
+    def _fit_one(self, name: str, scores: np.ndarray, c: np.ndarray, group: np.ndarray | None) -> Bias:
+        """The bias of one feature c (n,)."""
+        if self.method == "penalty":
+            return None
+        if not len(c) or c.min() == c.max():
+            raise UserError(f"all {len(c)} values of the feature '{name}' are equal", "no bias can be seen in it", "drop the feature")
+        if self.method == "lwr":
+            return self._lwr(scores, c)
+        return self._mean(scores, c, group)
+
+    def _height(self, bias: Bias, c: np.ndarray, group: np.ndarray | None) -> np.ndarray:
+        """b(c), (n,)"""
+        official = self.compat == "official"
         if bias is None:
             return self.penalty * c
-        height, count = bias(c, self.compat == "official")
+        if isinstance(bias, Curve):
+            return bias.step(c) if official else bias(c)
+        height, count = bias(c, official)
         thin = count < self.min_calibrate_num
         if group is not None:
-            return np.where(np.isin(group, group[thin]), 0.0, height)
-        at_knots, held = bias(bias.x, self.compat == "official")
+            return np.where(np.isin(group, group[thin]), 0.0, height)  # a group is left alone as a whole
+        at_knots, held = bias(bias.x, official)
         thick = held >= self.min_calibrate_num
         return np.where(thin, np.interp(c, bias.x[thick], at_knots[thick]), height)
 
@@ -212,16 +203,6 @@ class Calibrator:
         return found
 
 
-def mean_difference(c: np.ndarray, group: np.ndarray | None = None) -> float:
-    """Mean |c_i - c_j| over all pairs within a group; over all pairs where group is None."""
-    group = np.zeros(len(c), np.int64) if group is None else np.unique(group, return_inverse=True)[1]
-    order = np.lexsort((c, group))
-    size = np.bincount(group)
-    place = np.arange(len(c)) - np.repeat(np.cumsum(size) - size, size)  # in its group, by rising c
-    n = float((size * (size - 1) / 2).sum())
-    return float(((2 * place - np.repeat(size, size) + 1) * c[order]).sum() / n) if n else 0.0
-
-
 def cross_fit(calibrator: Calibrator, s: Scores, folds: int, seed: int = 0) -> np.ndarray:
     """Corrected scores (n,): those of each fold of groups by a fit to the other folds."""
     groups = int(s.group.max()) + 1
@@ -241,15 +222,16 @@ def cross_fit(calibrator: Calibrator, s: Scores, folds: int, seed: int = 0) -> n
 def calibrate(knobs: Knobs, job: Job) -> Finding:
     """Write scores.jsonl (a row per response: score, raw, features) and calibrator.json into the job's folder."""
     if knobs.fitted:
-        calibrator = Calibrator.load(knobs.fitted)
+        calibrator = _fitted(knobs)
         s = read(knobs.scores, list(calibrator.features), knobs.columns, knobs.tokenizer)
         after = calibrator.apply(s.score, s.features, s.group)
     else:
         s = read(knobs.scores, knobs.features, knobs.columns, knobs.tokenizer)
-        settings = {f: getattr(knobs, f) for f in ("method", "frac", "it", "delta", "ratio", "min_calibrate_num", "penalty", "compat")}
-        fresh = Calibrator(tuple(knobs.features), alphas=tuple(knobs.alphas), **settings)
-        calibrator = fresh.fit(s.score, s.features, s.group)
-        after = cross_fit(fresh, s, knobs.folds, job.seed) if knobs.folds else calibrator.apply(s.score, s.features, s.group)
+        settings = {name: getattr(knobs, name) for name in SETTINGS}
+        unfitted = Calibrator(tuple(knobs.features), alphas=tuple(knobs.alphas), **settings)
+        calibrator = unfitted.fit(s.score, s.features, s.group)
+        after = cross_fit(unfitted, s, knobs.folds, job.seed) if knobs.folds else calibrator.apply(s.score, s.features, s.group)
+    after = checked("corrected scores", after, len(s.score))
     calibrator.save(job.folder / "calibrator.json")
     columns: dict[str, list[Any]] = {**s.ids, "score": after.tolist(), "raw": s.score.tolist()}
     columns |= {f: c.tolist() for f, c in s.features.items()}
@@ -262,16 +244,16 @@ def calibrate(knobs: Knobs, job: Job) -> Finding:
     return findings(s, {"before": s.score, "after": after}, found, facts)
 
 
-def _checked(name: str, values: Any, n: int) -> np.ndarray:
-    try:
-        out = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        raise UserError(f"'{name}' holds something that is no number", how="give one number per response") from None
-    if out.shape != (n,):
-        raise UserError(f"'{name}' has shape {out.shape} for {n} scores", how="give one number per response")
-    if len(bad := np.flatnonzero(~np.isfinite(out))):
-        raise UserError(f"row {bad[0] + 1} of '{name}' is {out[bad[0]]}", "a finite number is needed", "fix or drop the row")
-    return out
+def _fitted(knobs: Knobs) -> Calibrator:
+    """The calibrator that was fitted before. Raises UserError where a setting that was given says something else."""
+    found = Calibrator.load(knobs.fitted or "")
+    usual = Knobs(scores="")
+    for name in ("features", "alphas", *SETTINGS):
+        given, has = getattr(knobs, name), getattr(found, name)
+        has = list(has) if isinstance(has, tuple) else has
+        if given not in (getattr(usual, name), has):
+            raise UserError(f"{name}={given} does not fit the fitted calibrator", f"it has {name}={has}", f"leave {name} out, or fit anew")
+    return found
 
 
 METHOD = calibrate

@@ -60,6 +60,55 @@ def test_a_stopped_run_is_taken_up_and_a_torn_line_is_survived(tmp_path: Path) -
     assert [a.text for a in Desk(again)(prompts("c", "b", "a"))] == ["C", "B", "A"] and again.torn == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text": 5},
+        {"text": None},
+        {"status": "timeout"},
+        {"status": 3},
+        {"tokens_in": "7"},
+        {"tokens_in": True},
+        {"tokens_out": -1},
+        {"cost": float("nan")},
+        {"tokens_in": 10**400},
+        {"probabilities": "ab"},
+        {"probabilities": [0.5, "x"]},
+        {"probabilities": [0.5, float("nan")]},
+        {"probabilities": [0.2, 0.2]},
+        {"probabilities": [1.0]},
+        {"key": 3},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_kept_answer_of_another_type_is_counted_and_asked_again(change: dict, tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    asked = prompts("a", "b", options=("x", "y"))
+    Desk(Kept(Echo(), file))(asked)
+    first, second = file.read_text().splitlines()
+    file.write_text(json.dumps(json.loads(first) | change) + "\n" + second + "\n")
+    desk = Desk(Kept(echo := Echo(), file))
+    assert [a.text for a in desk(asked)] == ["A", "B"] and echo.asked == ["a"] and desk.plain()["kept_lines_not_read"] == 1
+
+
+def test_a_kept_line_that_is_no_utf_8_is_not_half_read(tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    Desk(Kept(Echo(), file))(prompts("ä", "b"))
+    file.write_bytes(file.read_bytes().replace("Ä".encode(), b"\xff"))
+    desk = Desk(Kept(echo := Echo(), file))
+    assert [a.text for a in desk(prompts("ä", "b"))] == ["Ä", "B"] and echo.asked == ["ä"]
+
+
+def test_what_an_earlier_run_paid_is_not_paid_again(tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    first = Desk(Kept(Echo(), file))
+    first(prompts("a"))
+    again = Desk(Kept(Echo(until=0), file))
+    again(prompts("a"))
+    assert (first.cost, again.cost, again.reused) == (0.5, 0, 1)
+
+
 def test_failures_are_not_kept(tmp_path: Path) -> None:
     file = tmp_path / "kept.jsonl"
     assert [a.failed for a in Desk(Kept(Echo(), file))(prompts("!a", "b"))] == [True, False]

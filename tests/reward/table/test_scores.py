@@ -92,6 +92,22 @@ def test_markdown_counts_headers_items_and_bold() -> None:
     assert markdown("# A\n\n  ## B\n- one\n* two\n1. three\n**bold** and __bold__\n#no\n-no") == 7
 
 
+def test_names_that_differ_in_a_leading_zero_are_two(tmp_path: Path) -> None:
+    rows = [("01", 0.9, 1), ("01", 0.1, 0), ("1", 0.2, 0), ("1", 0.8, 1), ("2", 0.5, 1), ("2", 0.4, 0)]
+    s = read(write(tmp_path / "a.jsonl", [{"group": g, "score": v, "label": w, "length": 3} for g, v, w in rows]), ["length"])
+    assert len(s.better) == 3 and s.ids["group"] == [g for g, _, _ in rows]
+    assert (
+        len(read(write(tmp_path / "b.jsonl", [r | {"id": i} for r, i in zip(ROWS[:2], ("007", "7"), strict=True)]), ["length"]).better) == 2
+    )
+
+
+@pytest.mark.xfail(strict=True, reason="core/data/tables.py makes a number of a csv value with a leading zero")
+def test_names_in_a_csv_that_differ_in_a_leading_zero_are_two(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("group,score,label,length\n01,.9,1,3\n01,.1,0,3\n1,.2,0,3\n1,.8,1,3\n2,.5,1,3\n2,.4,0,3\n")
+    s = read(tmp_path / "a.csv", ["length"])
+    assert len(s.better) == 3 and sorted(set(s.ids["group"])) == ["01", "1", "2"]
+
+
 BAD = {
     "neither 'scores_chosen' .* nor 'score'": [{"a": 1}],
     "has no column 'scores_rejected'": [{"scores_chosen": 1}],
@@ -100,6 +116,11 @@ BAD = {
     "row 1 of 'scores_chosen' .* is nan": [ROWS[0] | {"scores_chosen": float("nan")}],
     "row 1 of 'scores_chosen' .* is \\[1, 2\\]": [ROWS[0] | {"scores_chosen": [1, 2]}],
     "id 0 stands twice": [ROWS[0], ROWS[0]],
+    "row 2 .* has no id, because it would be compared": [ROWS[0], ROWS[1] | {"id": None}],
+    "row 2 .* has no group": [{"score": 1, "text": "a", "group": g, "label": v} for g, v in (("a", 0), (None, 1))],
+    "row 1 of 'scores_chosen' .* is beyond 1e100": [ROWS[0] | {"scores_chosen": 10**400}],
+    "row 2 of 'scores_rejected' .* is beyond 1e100": [ROWS[0], ROWS[1] | {"scores_rejected": -1e308}],
+    "row 1 of 'scores_rejected' .* is inf": [ROWS[0] | {"scores_rejected": float("inf")}],
     "neither a column 'length_chosen' nor 'text_chosen'": [{"scores_chosen": 1, "scores_rejected": 0}],
     "row 1 .* has no text, because it holds '5'": [ROWS[0] | {"text_chosen": 5}],
     "group 'b' .* has one response only, because a comparison needs two": [

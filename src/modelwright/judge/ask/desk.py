@@ -3,11 +3,29 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from modelwright.core.report.progress import Tick
+from modelwright.judge.ask.kept import Kept
 from modelwright.judge.ask.protocol import ANSWERED, Answer, Judge, Prompt
 from modelwright.judge.ask.thoughts import without_thoughts
+
+
+class Counts(TypedDict, total=False):
+    """What became of the requests, for json. A program as the judge counts its requests only."""
+
+    judge: Required[str]
+    requests: Required[int]
+    answers: dict[str, int]  # by status
+    reused: int
+    kept_lines_not_read: int
+    failed: dict[str, int]  # given up, by kind
+    failures_say: dict[str, str]
+    troubles_on_the_way: dict[str, int]  # by kind
+    tokens_in: int
+    tokens_out: int
+    cost: float
+    unread_replies: int
 
 
 class Desk:
@@ -47,7 +65,7 @@ class Desk:
         self.cost += answer.cost
         self.tick(1)
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Counts:
         """The counts, for json."""
         failed = {k: v for k, v in self.statuses.items() if k not in ANSWERED}
         return {
@@ -55,6 +73,7 @@ class Desk:
             "requests": sum(self.statuses.values()),
             "answers": {k: self.statuses[k] for k in ANSWERED if self.statuses[k]},
             "reused": self.reused,
+            "kept_lines_not_read": self.judge.torn if isinstance(self.judge, Kept) else 0,
             "failed": failed,
             "failures_say": self.said,
             "troubles_on_the_way": dict(self.troubles),
@@ -64,8 +83,10 @@ class Desk:
         }
 
 
-def failures(counts: dict[str, Any]) -> list[dict[str, Any]]:
+def failures(counts: Counts) -> list[dict[str, Any]]:
     """A table of what went wrong, from a desk's counts; none where nothing did."""
-    met, lost, said = (counts.get(k, {}) for k in ("troubles_on_the_way", "failed", "failures_say"))
+    met, lost, said = counts.get("troubles_on_the_way", {}), counts.get("failed", {}), counts.get("failures_say", {})
     rows = [[kind, met.get(kind, lost.get(kind, 0)), lost.get(kind, 0), said.get(kind, "")[:60]] for kind in lost | met]
-    return [{"title": "Failures", "columns": ["kind", "met", "given up", "said"], "rows": rows}] if rows else []
+    if not rows:
+        return []
+    return [{"title": "Failures", "columns": ["kind", "met", "given up", "said"], "rows": rows}]

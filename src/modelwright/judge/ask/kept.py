@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.errors import UserError
+<<<<<<< HEAD
 from modelwright.core.files import disk_errors
 from modelwright.judge.ask.protocol import Answer, Judge, Prompt
+=======
+from modelwright.core.model.lineage import disk_errors
+from modelwright.judge.ask.protocol import ANSWERED, Answer, Judge, Prompt
+
+_TYPES: dict[str, Any] = {"text": str, "status": str, "tokens_in": int, "tokens_out": int, "cost": (int, float), "said": str}
+>>>>>>> w-judge
 
 
 class Kept:
     """A judge whose answers are kept, in memory and, where `file` is given, as json lines that a later run takes up.
 
-    The same prompt is asked once. Failures are not kept: the next run asks again. A line that a killed run left torn is
-    skipped. With no judge behind it, it replays: a prompt without a kept answer fails with the status "not recorded".
+    The same prompt is asked once. Failures are not kept: the next run asks again. A line that a killed run left torn, that holds
+    values of another type, or whose probabilities do not belong to the prompt's options is no answer: it is counted and asked
+    again. With no judge behind it, it replays: a prompt without a kept answer fails with the status "not recorded".
     """
 
     def __init__(self, judge: Judge | None, file: Path | None = None, name: str = ""):
@@ -27,16 +35,15 @@ class Kept:
 
     def _read(self, file: Path) -> dict[str, Answer]:
         kept: dict[str, Answer] = {}
-        text = file.read_text(encoding="utf-8", errors="replace")
-        for line in filter(None, text.split("\n")):
+        content = file.read_bytes()
+        for line in filter(None, content.split(b"\n")):
             try:
-                row = json.loads(line)
-                key, chances = row.pop("key"), row.get("probabilities")
-                kept[key] = Answer(**row | {"probabilities": chances and tuple(chances), "reused": True})
-            except (ValueError, TypeError, LookupError, AttributeError):
+                key, answer = _parse(line)
+                kept[key] = answer
+            except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
                 self.torn += 1
-        self._open_end = not text.endswith("\n")
-        if not kept and "\n" in text:
+        self._open_end = not content.endswith(b"\n")
+        if not kept and b"\n" in content:
             raise UserError(f"{file} holds no kept answers", how="give a file of an earlier run, or one that is not there yet")
         return kept
 
@@ -47,6 +54,10 @@ class Kept:
         wanted: dict[str, list[int]] = {}
         for i, prompt in enumerate(prompts):
             wanted.setdefault(self.key(prompt), []).append(i)
+        for key, (first, *_) in wanted.items():
+            if key in self.kept and not _fits(self.kept[key], prompts[first]):
+                del self.kept[key]
+                self.torn += 1
         missing = [key for key in wanted if key not in self.kept]
         for key in wanted.keys() - missing:
             yield from ((i, self.kept[key]) for i in wanted[key])
@@ -84,3 +95,33 @@ class Kept:
                 out.flush()
 
             yield write
+
+
+def _parse(line: bytes) -> tuple[str, Answer]:
+    """The key and the answer on a line. Raises ValueError or TypeError for anything else."""
+    row = json.loads(line)
+    key, chances, troubles = row.pop("key"), row.pop("probabilities", None), row.pop("troubles", ())
+    for name, value in row.items():
+        if name not in _TYPES or isinstance(value, bool) or not isinstance(value, _TYPES[name]):
+            raise TypeError(name)
+        if not isinstance(value, str) and not 0 <= value < 1e15:
+            raise ValueError(name)
+    if not isinstance(key, str) or row.get("status", "ok") not in ANSWERED:
+        raise TypeError("key or status")
+    if not isinstance(troubles, (list, tuple)):
+        raise TypeError("troubles")
+    row |= {"cost": 0.0}  # it was paid by the run that asked
+    return key, Answer(**row, probabilities=None if chances is None else _shares(chances), reused=True)
+
+
+def _shares(values: Any) -> tuple[float, ...]:
+    """Probabilities: numbers from 0 to 1 that sum to one."""
+    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in values):
+        raise TypeError("probabilities")
+    if not values or not all(0 <= v <= 1 for v in values) or abs(sum(values) - 1) > 1e-3:
+        raise ValueError("probabilities")
+    return tuple(map(float, values))
+
+
+def _fits(answer: Answer, prompt: Prompt) -> bool:
+    return answer.probabilities is None or len(answer.probabilities) == len(prompt.options)

@@ -34,10 +34,19 @@ class Local:
         self.batch, self.seed = batch, seed
         config = self.model.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-        ends = self.model.generation_config.eos_token_id
-        ends = self.tokenizer.eos_token_id if ends is None else ends
-        self.ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.ends[0] if self.ends else 0
+        self.stop_ids = self._stop_ids()
+        self.pad = self.tokenizer.pad_token_id
+        if self.pad is None:
+            self.pad = self.stop_ids[0] if self.stop_ids else 0
+
+    def _stop_ids(self) -> list[int]:
+        """The tokens that end an answer."""
+        ids = self.model.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        if ids is None:
+            return []
+        return ids if isinstance(ids, list) else [ids]
 
     def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         ids = [self._ids(p.messages) for p in prompts]
@@ -50,8 +59,8 @@ class Local:
         for (max_tokens, temperature, options, attempt), members in groups.items():
             torch.manual_seed(self.seed + attempt)
             members.sort(key=lambda i: len(ids[i]))  # little padding
-            for at in range(0, len(members), self.batch):
-                some = members[at : at + self.batch]
+            for start in range(0, len(members), self.batch):
+                some = members[start : start + self.batch]
                 rows = [ids[i] for i in some]
                 chances = self._weigh(rows, options) if options else [None] * len(some)
                 texts = self._write(rows, max_tokens, temperature) if max_tokens else [("", "ok", 0)] * len(some)
@@ -62,14 +71,14 @@ class Local:
         """Token ids of the prompt by the chat template, or as plain paragraphs where there is none."""
         if not self.tokenizer.chat_template:
             return self.tokenizer("\n\n".join(text for _, text in messages) + "\n\n")["input_ids"]
-        turns = [{"role": role, "content": text} for role, text in messages]
+        chat = [{"role": role, "content": text} for role, text in messages]
         try:
-            return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-        except Exception:  # a template that knows no system role: what it says opens the first turn
-            if len(turns) < 2 or turns[0]["role"] != "system":
+            return self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        except Exception:  # a template that knows no system role: the system's text opens the first message
+            if len(chat) < 2 or chat[0]["role"] != "system":
                 raise
-            turns[1]["content"] = turns[0]["content"] + "\n\n" + turns[1]["content"]
-            return self.tokenizer.apply_chat_template(turns[1:], add_generation_prompt=True, return_dict=False)
+            chat[1]["content"] = chat[0]["content"] + "\n\n" + chat[1]["content"]
+            return self.tokenizer.apply_chat_template(chat[1:], add_generation_prompt=True, return_dict=False)
 
     def _padded(self, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         width = max(map(len, rows))
@@ -95,12 +104,19 @@ class Local:
     @torch.inference_mode()
     def _write(self, rows: list[list[int]], max_tokens: int, temperature: float) -> list[tuple[str, str, int]]:
         batch = self._padded(rows)
-        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
-        settings = GenerationConfig(max_new_tokens=max_tokens, pad_token_id=self.pad, eos_token_id=self.ends or None, use_cache=True, **how)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        settings = GenerationConfig(
+            max_new_tokens=max_tokens, pad_token_id=self.pad, eos_token_id=self.stop_ids or None, use_cache=True, **sampling
+        )
         new = self.model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1] :].tolist()
-        out = []
-        for row in new:
-            end = next((j for j, token in enumerate(row) if token in self.ends), None)
-            text = self.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
-            out.append((text, "cut" if end is None else "ok" if text else "empty", len(row) if end is None else end + 1))
-        return out
+        return [self._read(row) for row in new]
+
+    def _read(self, row: list[int]) -> tuple[str, str, int]:
+        """Text, status and number of tokens of one answer."""
+        ends = [j for j, token in enumerate(row) if token in self.stop_ids]
+        if not ends:
+            return self.tokenizer.decode(row, skip_special_tokens=True).strip(), "cut", len(row)
+        text = self.tokenizer.decode(row[: ends[0]], skip_special_tokens=True).strip()
+        return text, "ok" if text else "empty", ends[0] + 1

@@ -35,7 +35,10 @@ def parse_verdict(text: str, form: Form, official: bool = False) -> int:
     """1 when the text says that the output shown first is better, 2 for the second, 0 when it does not say."""
     text = text.strip()
     if official:
-        return next((i for i, pattern in enumerate(_OFFICIAL[form], 1) if pattern.search(text)), UNPARSED)
+        for i, pattern in enumerate(_OFFICIAL[form], 1):
+            if pattern.search(text):
+                return i
+        return UNPARSED
     if form == "direct":
         first = text.split("\n", 1)[0]
         found = _LINE.findall(first) + _OPENS.findall(text)
@@ -61,9 +64,10 @@ def compare_ratings(first: str, second: str, official: bool = False) -> tuple[in
             a, b = int(first), int(second)
         except ValueError:
             return 1, 2
-    elif (x := parse_rating(first)) is None or (y := parse_rating(second)) is None:
-        return UNPARSED, UNPARSED
     else:
+        x, y = parse_rating(first), parse_rating(second)
+        if x is None or y is None:
+            return UNPARSED, UNPARSED
         a, b = x, y
     return (1 if a > b else 2), (2 if b > a else 1)
 

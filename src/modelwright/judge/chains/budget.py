@@ -7,7 +7,7 @@ import numpy as np
 
 from modelwright.core.job import Finding
 from modelwright.core.numbers.stats import mcnemar
-from modelwright.judge.ask.desk import failures
+from modelwright.judge.ask.desk import Counts, failures
 from modelwright.judge.chains import votes
 from modelwright.judge.chains.answers import Choice, Kind, same
 from modelwright.judge.chains.questions import COLUMNS, Measured, Question, coverage, measure, table_row
@@ -22,7 +22,7 @@ def budget(
     asked: list[Question],
     chosen: list[Choice],
     smaller: list[list[Choice]],
-    requests: dict[str, Any],
+    requests: Counts,
     *,
     kind: Kind,
     most: int,

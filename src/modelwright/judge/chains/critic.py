@@ -7,9 +7,8 @@ again; at temperature 0 it is not, because the reply would be the same.
 
 import re
 from collections.abc import Callable
-from typing import Any
 
-from modelwright.judge.ask.desk import Desk
+from modelwright.judge.ask.desk import Counts, Desk
 from modelwright.judge.ask.protocol import Prompt
 from modelwright.judge.chains import letters
 from modelwright.judge.chains.scoring import Request, Scores
@@ -71,7 +70,7 @@ class Critic:
             left = again
         return scores
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Counts:
         return self.desk.plain() | {"unread_replies": self.unread}
 
 
@@ -85,5 +84,5 @@ class Verifier:
         self.requests += len(requests)
         return [[self.score(r.question, c) for c in r.chains] for r in requests]
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self) -> Counts:
         return {"judge": f"program: {self.name}", "requests": self.requests}

@@ -12,6 +12,7 @@ from modelwright.core.numbers.stats import wilson
 from modelwright.judge.ask.records import records
 from modelwright.judge.chains.answers import Choice, Kind, extract, same
 
+_LARGEST = 10**300
 _NAMES = ("question", "answer", "chains", "scores")
 extracted = cache(extract)
 
@@ -51,9 +52,7 @@ def read_chains(file: Path, kind: Kind, columns: dict[str, str], limit: int | No
             raise UserError(f"row {i} of {file} has no chains in '{at['chains']}'", "a list of texts is needed", "fix or drop the row")
         if not truth:
             raise UserError(f"the answer in row {i} of {file} holds no {kind.replace('_', ' or ')}", how="check kind: " + ", ".join(_KINDS))
-        marks = numbers(row[at["scores"]], f"'{at['scores']}' in row {i} of {file}").tolist() if scores else None
-        if marks is not None and len(marks) != len(chains):
-            raise UserError(f"row {i} of {file} has {len(marks)} scores for {len(chains)} chains", how="give one for each")
+        marks = _scores(row[at["scores"]], len(chains), at["scores"], f"row {i} of {file}") if scores else None
         asked.append(Question(str(row[at["question"]]), truth, chains, marks))
     return asked
 
@@ -66,6 +65,18 @@ class Measured(TypedDict):
     chains: float
     calls: float
     no_answer: int
+
+
+def _scores(values: Any, n: int, name: str, where: str) -> list[float]:
+    """One finite number for each of n chains."""
+    if not isinstance(values, list):
+        raise UserError(f"{where} has no list of scores in '{name}'", f"it holds {repr(values)[:40]}", "give one score for each chain")
+    if len(values) != n:
+        raise UserError(f"{where} has {len(values)} scores for {n} chains", how="give one for each")
+    beyond = [v for v in values if isinstance(v, int) and abs(v) > _LARGEST]
+    if beyond:
+        raise UserError(f"'{name}' in {where} holds a number beyond 1e300", "a finite number is needed", "fix or drop the row")
+    return numbers(values, f"'{name}' in {where}").tolist()
 
 
 def measure(asked: list[Question], chosen: list[Choice], kind: Kind) -> Measured:

@@ -28,9 +28,18 @@ class Learner:
 
     def refuse(self, techniques: list[Any], source: Checkpoint) -> None:
         """UserError if these cannot learn a sequence, before anything is measured."""
+<<<<<<< HEAD
         if own := next((t.name for t in techniques if overrides(t, "rows")), None):
             raise UserError(f"tune={own} cannot learn a task", "it makes its own rows, and the runner makes them here", "choose another")
         combine(techniques, environment(source.skeleton, self.train))
+=======
+        for t in techniques:
+            if overrides(t, "rows"):
+                raise UserError(
+                    f"tune={t.name} cannot learn a task", "it makes its own rows, and the runner makes them here", "choose another"
+                )
+        combine(techniques, surroundings(source.skeleton, self.train))
+>>>>>>> w-judge
 
     def _kept(self, i: int) -> Path:
         return self.folder / f"after-{i}"
@@ -57,7 +66,8 @@ class Learner:
         tails = self.tokenizer(["\nAnswer: " + label for _, label in pairs], add_special_tokens=False)["input_ids"]
         opening = len(self.tokenizer("\nAnswer:", add_special_tokens=False)["input_ids"])
         heads = self.tokenizer([s.strip() for s, _ in pairs])["input_ids"]
-        if (longest := max(map(len, tails))) + 2 > self.train.context:
+        longest = max(map(len, tails))
+        if longest + 2 > self.train.context:
             raise UserError(f"train.context={self.train.context} is too short", f"an answer alone has {longest} tokens", "raise it")
         texts, cut = Texts(), []
         for head, tail in zip(heads, tails, strict=True):

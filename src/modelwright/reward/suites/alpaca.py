@@ -13,6 +13,7 @@ over mean of a model's rates with its _verbose and _concise prompts, rescaled by
 """
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,8 @@ from modelwright.core.job import Finding, Job
 from modelwright.core.numbers.stats import ranks, spearman
 from modelwright.reward.calibrate import Calibrator
 from modelwright.reward.suites.length_control import ENOUGH, Annotations, length_controlled, sigmoid
-from modelwright.reward.table.evidence import binned, shown
+from modelwright.reward.table.evidence import binned, percent_interval, shown
+from modelwright.reward.table.scores import LARGEST
 
 WEIGHTS = ("np.tanh(std_delta_len)", "instruction_difficulty", "not_gamed_baseline.astype(float)")
 
@@ -68,7 +70,10 @@ def alpacaeval(path: Path, columns: dict[str, str], knobs: Settings, job: Job) -
             error = float(100 * row.std(ddof=1) / np.sqrt(len(row))) if len(row) > 1 else None
             models[m][k] = {"win_rate": float(rates[k][i]), "standard_error": error, "interval": between[k][i], "rank": float(place[k][i])}
     board = _table(knobs.leaderboard, ("win_rate", "length_controlled_winrate")) if knobs.leaderboard else {}
-    metrics: dict[str, Any] = {"suite": "alpacaeval", "weights": ("official" if official else "own fit") if fit else None, "models": models}
+    weights = None
+    if fit:
+        weights = "official" if official else "own fit"
+    metrics: dict[str, Any] = {"suite": "alpacaeval", "weights": weights, "models": models}
     metrics["leaderboard"] = _errors(a.models, rates, board)
     metrics["correlation"] = {k: _correlations(a.models, v, board, knobs.arena) for k, v in rates.items()}
     metrics["gameability"] = {k: _gameability(a.models, v, rates["raw"]) for k, v in rates.items()}
@@ -95,7 +100,10 @@ def _intervals(each: np.ndarray, draws: int, seed: int) -> list[list[float]]:
     counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
     seen = np.isfinite(each)
     means = (counts @ np.nan_to_num(each).T) / np.maximum(counts @ seen.T, 1)
-    return (100 * np.quantile(means, [0.025, 0.975], axis=0).T).tolist()
+    return [
+        percent_interval(100 * sample, 100 * float(np.nanmean(row)), int(s.sum()))
+        for sample, row, s in zip(means.T, each, seen, strict=True)
+    ]
 
 
 def _errors(models: list[str], rates: dict[str, np.ndarray], board: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def _gameability(models: list[str], rates: np.ndarray, raw: np.ndarray) -> float
     at = {m: i for i, m in enumerate(models)}
     trios = [[at[m], at[f"{m}_verbose"], at[f"{m}_concise"]] for m in models if {f"{m}_verbose", f"{m}_concise"} <= set(models)]
     plain = [i for m, i in at.items() if not m.endswith(("_verbose", "_concise"))]
-    if not trios or len(plain) < 2:
+    if not trios or len(plain) < 2 or not rates[plain].std() or not all(rates[t].mean() for t in trios):
         return None
     return float(100 * np.mean([rates[t].std(ddof=1) / rates[t].mean() for t in trios]) * raw[plain].std() / rates[plain].std())
 
@@ -134,7 +142,13 @@ def _table(path: str, columns: tuple[str, ...]) -> dict[str, dict[str, float]]:
     rows = _csv(Path(path))
     if missing := [c for c in columns if c not in rows[0]]:
         raise UserError(f"{path} has no column '{missing[0]}'", how="give AlpacaEval's own csv")
-    return {next(iter(r.values())): {c: _number(r[c], c, path) for c in columns} for r in rows}
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        model = next(iter(row.values()))
+        if model in found:
+            raise UserError(f"{model} stands twice in {path}", "its numbers could be either", "drop one")
+        found[model] = {c: _number(row[c], c, path) for c in columns}
+    return found
 
 
 def _arena(path: Path) -> dict[str, dict[str, float]]:
@@ -143,19 +157,22 @@ def _arena(path: Path) -> dict[str, dict[str, float]]:
     names = [c for c in rows[0] if c and c.startswith("Arena")]
     if not names:
         raise UserError(f"{path} has no column that starts with 'Arena'", how="give a csv of models and Arena scores")
-    return {
-        " ".join(f"{path.stem}, {c.removeprefix('Arena')}".split()) if len(names) > 1 else path.stem: {
-            next(iter(r.values())): _number(r[c], c, str(path)) for r in rows if (r[c] or "").strip()
-        }
-        for c in names
-    }
+    tables = {}
+    for c in names:
+        title = " ".join(f"{path.stem}, {c.removeprefix('Arena')}".split()) if len(names) > 1 else path.stem
+        rated = [r for r in rows if (r[c] or "").strip()]
+        tables[title] = {next(iter(r.values())): _number(r[c], c, str(path)) for r in rated}
+    return tables
 
 
 def _number(value: str | None, column: str, path: str) -> float:
     try:
-        return float(value or "")
+        number = float(value or "")
     except ValueError:
-        raise UserError(f"'{column}' in {path} holds {value!r}", "a number is needed") from None
+        number = math.nan
+    if not abs(number) <= LARGEST:
+        raise UserError(f"'{column}' in {path} holds {repr(value)[:40]}", "a finite number is needed")
+    return number
 
 
 def _csv(path: Path) -> list[dict[str, Any]]:
@@ -184,8 +201,10 @@ def _finding(a: Annotations, each: dict[str, np.ndarray], metrics: dict[str, Any
         tables.append({"title": "Largest changes of rank", "columns": ["model", "length", "raw", best], "rows": rows})
     if found := metrics["correlation"]["raw"]:
         rows = [[t, r["models"], *(f"{metrics['correlation'][k][t]['spearman']:.3f}" for k in kinds)] for t, r in found.items()]
-        if metrics["gameability"]["raw"] is not None:
-            rows.append(["gameability, % (lower is better)", "", *(f"{metrics['gameability'][k]:.1f}" for k in kinds)])
+        games = metrics["gameability"]
+        if games["raw"] is not None:
+            cells = ["" if games[k] is None else f"{games[k]:.1f}" for k in kinds]
+            rows.append(["gameability, % (lower is better)", "", *cells])
         tables.append({"title": "Spearman's correlation with other tables", "columns": ["", "models", *kinds], "rows": rows})
     errors = metrics["leaderboard"]
     if errors:

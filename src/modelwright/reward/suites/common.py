@@ -36,8 +36,11 @@ def texts(path: str | None, part: str) -> Texts:
         source = Source(file)
         ids, chosen, rejected = (source.get(k) for k in ("id", "chosen", "rejected"))
         parts = source.get(part) if source.has(part) else [Path(name).name.split("_")[0]] * len(ids)
-        rows = zip(parts, ids, chosen, rejected, strict=True)
-        out |= {(str(p), str(i)): {"chosen": a, "rejected": b} for p, i, a, b in rows}
+        for p, i, a, b in zip(parts, ids, chosen, rejected, strict=True):
+            key = str(p), str(i)
+            if key in out:
+                raise UserError(f"id {i} ({p}) stands twice in {path}", "its texts could be either", "drop one")
+            out[key] = {"chosen": a, "rejected": b}
     return out
 
 

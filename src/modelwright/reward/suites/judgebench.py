@@ -1,7 +1,7 @@
 """JudgeBench (arXiv 2410.12784): 350 pairs with objective labels, scored by reward models.
 
 A row per pair: label "A>B" or "B>A", source, scores {model: [A, B]} (or [A, B]), and len_A, len_B (characters), md_A, md_B,
-or the texts response_A, response_B. A tie counts as wrong. Sections are the four kinds of source.
+or the texts response_A, response_B; and pair_id, which may stand there once. A tie counts as wrong. Sections are the four kinds of source.
 """
 
 from pathlib import Path
@@ -9,19 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from modelwright.core.data.tables import numbers
 from modelwright.core.errors import UserError
 from modelwright.reward.suites.common import Case, counted
 from modelwright.reward.table.evidence import Heads
-from modelwright.reward.table.scores import Source, pairs
+from modelwright.reward.table.scores import Source, finite, pairs, unique
 
-ROLES = ("label", "scores", "source", "response_A", "response_B")
+ROLES = ("pair_id", "label", "scores", "source", "response_A", "response_B")
 SECTIONS = {"mmlu-pro": "knowledge", "livebench-reasoning": "reasoning", "livebench-math": "math", "livecodebench": "coding"}
 
 
 def judgebench(path: Path, features: list[str], columns: dict[str, str], text_path: str | None) -> list[Case]:
     """One case for each reward model in the file."""
     source = Source(path, columns, roles=ROLES)
+    if source.has("pair_id"):
+        unique(source, "pair_id")
     labels, rows = source.get("label"), source.get("scores")
     if bad := [i for i, v in enumerate(labels) if v not in ("A>B", "B>A")]:
         raise UserError(f"row {bad[0] + 1} of {path} has the label {labels[bad[0]]!r}", "it must be A>B or B>A")
@@ -42,7 +43,7 @@ def _scores(values: list[Any], model: str, path: Path) -> np.ndarray:
     """(n, 2)"""
     if bad := [i for i, v in enumerate(values) if not isinstance(v, list) or len(v) != 2]:
         raise UserError(f"row {bad[0] + 1} of {path} has no two scores by {model}", f"it holds {values[bad[0]]!r}", "a pair has two sides")
-    return np.stack([numbers([v[i] for v in values], f"the scores by {model} in {path}") for i in (0, 1)], 1)
+    return np.stack([finite([v[i] for v in values], f"the scores by {model} in {path}") for i in (0, 1)], 1)
 
 
 def _feature(source: Source, name: str) -> np.ndarray:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from modelwright.core.data.tables import numbers
 from modelwright.core.errors import UserError
 from modelwright.reward.suites.common import files
-from modelwright.reward.table.scores import Source, last
+from modelwright.reward.table.scores import Source, finite, last
 
 ROLES = ("model", "instruction", "preference", "len_base", "len_model", "output_1", "output_2", "generator_2", "score_base", "score_model")
 ENOUGH = 10  # models, to tell difficulty from noise
@@ -62,7 +61,7 @@ def _rows(source: Source) -> list[tuple]:
         scores = np.full((2, n), np.nan)
         given = source.get("preference")
         there = [v for v in given if v is not None and v == v]
-        p = numbers(there, f"'preference' in {source.path}")
+        p = finite(there, f"'preference' in {source.path}")
         if len(bad := np.flatnonzero((p != 0) & ((p < 1) | (p > 2)))):
             raise UserError(f"a preference of {source.path} is {p[bad[0]]}", "it must lie between 1 and 2, or be 0 for a draw")
         preference = np.full(n, np.nan)

@@ -13,12 +13,13 @@ own data: id, subset, chosen, rejected) gives the length of the response alone, 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from modelwright.core.data.tables import numbers, table
-from modelwright.core.errors import UserError
+from modelwright.core.data.tables import table
+from modelwright.core.errors import UserError, short
 from modelwright.reward.suites.common import Case, Texts, counted, files, mean_of, text_of, texts
 from modelwright.reward.table.evidence import Heads
-from modelwright.reward.table.scores import Scores, Source, pairs, read
+from modelwright.reward.table.scores import Scores, Source, pairs, read, unique
 
 COUNTS = {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40}
 COUNTS |= {"mt-bench-hard": 37, "math-prm": 984, "refusals-dangerous": 100, "refusals-offensive": 100, "donotanswer": 136}
@@ -74,8 +75,9 @@ def rewardbench(
 
 
 def _with_texts(source: Source, features: list[str], known: Texts) -> Scores:
-    subset = [str(v) for v in source.get("subset")]
-    rows = [text_of(known, key, source.path) for key in zip(subset, map(str, source.get("id")), strict=True)]
+    subset = [str(v) for v in source.names("subset")]
+    ids = unique(source, "id", subset)
+    rows = [text_of(known, key, source.path) for key in zip(subset, map(str, ids), strict=True)]
     lengths = {
         f: (counted([r["chosen"] for r in rows], f, source.path), counted([r["rejected"] for r in rows], f, source.path)) for f in features
     }
@@ -83,21 +85,30 @@ def _with_texts(source: Source, features: list[str], known: Texts) -> Scores:
 
 
 def _has_scores(file: Path, columns: dict[str, str]) -> bool:
-    if file.suffix == ".json" and isinstance(whole := json.loads(file.read_text(encoding="utf-8")), dict):
-        return columns.get("scores_chosen", "scores_chosen") in whole
-    return columns.get("scores_chosen", "scores_chosen") in table(file)[0]
+    name = columns.get("scores_chosen", "scores_chosen")
+    whole = _object(file) if file.suffix == ".json" else None
+    return name in (table(file)[0] if whole is None else whole)
 
 
 def _shares(file: Path) -> tuple[str | None, dict[str, float]] | None:
     """The model and its subsets' accuracies, where the file is such an object."""
     if file.suffix != ".json" or not file.is_file():
         return None
+    whole = _object(file) or {}
+    found = {s: v for s, v in whole.items() if s in COUNTS or s in PRIOR_SETS}
+    if not found or any(isinstance(v, list) for v in found.values()):
+        return None
+    for subset, share in found.items():
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise UserError(f"the accuracy of {subset} in {file} is {repr(share)[:40]}", "it must be a share between 0 and 1")
+    model = whole.get("model")
+    return model if isinstance(model, str) else None, {s: float(v) for s, v in found.items()}
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    """The object in a json file, or None for a list."""
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} does not parse", str(error)) from None
-    found = {s: v for s, v in whole.items() if s in (*COUNTS, *PRIOR_SETS)} if isinstance(whole, dict) else {}
-    if not found:
-        return None
-    shares = numbers(list(found.values()), f"the subsets' accuracies in {file}").tolist()
-    return whole.get("model"), dict(zip(found, shares, strict=True))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} does not parse", short(error)) from None
+    return whole if isinstance(whole, dict) else None

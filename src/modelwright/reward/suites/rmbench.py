@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from modelwright.core.data.tables import numbers
 from modelwright.core.errors import UserError
 from modelwright.reward.suites.common import Case, Texts, counted, files, mean_of, text_of, texts
 from modelwright.reward.table.evidence import Heads
-from modelwright.reward.table.scores import Scores, Source
+from modelwright.reward.table.scores import Scores, Source, finite, unique
 
 ROLES = ("score_chosen", "score_rejected", "chosen", "rejected", "domain", "id")
 LEVELS = ("easy", "normal", "hard")
@@ -54,8 +53,10 @@ def _domain(
         if bad := [i for i, v in enumerate(values) if not isinstance(v, list) or len(v) != 3]:
             raise UserError(f"row {bad[0] + 1} of {file} has no three scores in '{side}'", "RM-Bench has three styles")
     rows = [[*a, *b] for a, b in zip(source.get("score_chosen"), source.get("score_rejected"), strict=True)]
-    score = np.stack([numbers([r[i] for r in rows], f"the scores in {file}") for i in range(6)], 1)
+    score = np.stack([finite([r[i] for r in rows], f"the scores in {file}") for i in range(6)], 1)
     domain = [str(d) for d in source.get("domain")] if source.has("domain") else [Path(name).name.split("_")[0]] * len(rows)
+    if source.has("id"):
+        unique(source, "id", domain)
     if known:
         both = [text_of(known, key, file) for key in zip(domain, map(str, source.get("id")), strict=True)]
         words = [[*t["chosen"], *t["rejected"]] for t in both]

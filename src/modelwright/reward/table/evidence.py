@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from modelwright.core.job import Finding
+from modelwright.core.numbers.stats import wilson
 from modelwright.reward.table.scores import Scores
 
 Heads = dict[str, dict[str, float]]  # a headline number as a weighted mean of the accuracy of parts
@@ -67,8 +68,9 @@ def compare(
         row: dict[str, Any] = {}
         if len(s.better):
             at, base = first + i * h, sample[:, first]
-            row |= {"accuracy": float(whole[at]), "accuracy_interval": _interval(sample[:, at])}
-            row |= {"change": float(whole[at] - whole[first]), "change_interval": _interval(sample[:, at] - base)}
+            row |= {"accuracy": float(whole[at]), "accuracy_interval": percent_interval(sample[:, at], float(whole[at]), groups)}
+            change = float(whole[at] - whole[first])
+            row |= {"change": change, "change_interval": _change_interval(sample[:, at] - base, change, groups)}
             row["sections"] = {n: float(whole[at + j]) for j, n in enumerate(heads) if j}
             reference = next(iter(right.values()))
             row |= {"mended": int((right[name] & ~reference).sum()), "broken": int((~right[name] & reference).sum())}
@@ -82,6 +84,23 @@ def compare(
 
 def _interval(values: np.ndarray) -> list[float]:
     return [float(v) for v in np.quantile(values, [0.025, 0.975])]
+
+
+def percent_interval(sample: np.ndarray, value: float, n: int) -> list[float]:
+    """95 % interval of a percentage from its resamples. Where they are all the same it is Wilson's over the n groups: that a few
+    pairs agree makes nothing certain."""
+    low, high = _interval(sample)
+    if high - low > 1e-9:
+        return [low, high]
+    return [100 * v for v in wilson(n * value / 100, n)]
+
+
+def _change_interval(sample: np.ndarray, change: float, n: int) -> list[float]:
+    """The same for a change between -100 and 100 points; a change of nothing in no resample is nothing."""
+    if not change and not sample.any():
+        return [0.0, 0.0]
+    low, high = percent_interval((sample + 100) / 2, (change + 100) / 2, n)
+    return [2 * low - 100, 2 * high - 100]
 
 
 def shown(value: float, interval: list[float], digits: int = 2) -> str:

@@ -27,6 +27,31 @@ def markdown(text: str) -> int:
     return sum(1 for pattern in (_HEADER, _ITEM, _BOLD) for _ in pattern.finditer(text))
 
 
+LARGEST = 1e100  # of a score: sums and squares of as many as memory holds stay finite
+
+
+def finite(values: list[Any], where: str) -> np.ndarray:
+    """A column as float64. Raises UserError that names the first row which is no finite number, or too large to be summed."""
+    for i, v in enumerate(values, 1):
+        if isinstance(v, (int, float)) and abs(v) > LARGEST and abs(v) != float("inf"):
+            raise UserError(f"row {i} of {where} is beyond 1e100", "numbers of that size cannot be summed", "fix or drop the row")
+    return numbers(values, where)
+
+
+def checked(name: str, values: Any, n: int) -> np.ndarray:
+    """Values as float64 (n,). Raises UserError for another shape, and for the first one that is no finite number."""
+    try:
+        out = np.asarray(values, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"'{name}' holds something that is no number", how="give one number per response") from None
+    if out.shape != (n,):
+        raise UserError(f"'{name}' has shape {out.shape} for {n} scores", how="give one number per response")
+    bad = np.flatnonzero(~(np.abs(out) <= LARGEST))
+    if len(bad):
+        raise UserError(f"row {bad[0] + 1} of '{name}' is {out[bad[0]]}", "a finite number below 1e100 is needed", "fix or drop the row")
+    return out
+
+
 COUNTS: dict[str, Callable[[str], int]] = {"length": len, "words": lambda text: len(text.split()), "markdown": markdown}
 
 
@@ -90,7 +115,15 @@ class Source:
     def numbers(self, role: str) -> np.ndarray:
         """A column as float64; [x] counts as x, true as 1."""
         values = [v[0] if isinstance(v, list) and len(v) == 1 else v for v in self.get(role)]
-        return numbers([int(v) if isinstance(v, bool) else v for v in values], f"'{self.map.get(role, role)}' in {self.path}")
+        return finite([int(v) if isinstance(v, bool) else v for v in values], f"'{self.map.get(role, role)}' in {self.path}")
+
+    def names(self, role: str) -> list[Any]:
+        """A column of names: ids, groups, subsets. Raises UserError for a row without one."""
+        values = self.get(role)
+        for i, v in enumerate(values, 1):
+            if v is None or v != v:
+                raise UserError(f"row {i} of {self.path} has no {role}", "it would be compared with others that have none", "fill it in")
+        return values
 
     def feature(self, name: str, side: str = "") -> np.ndarray:
         """A feature from its column, or counted from the text of that side ("", "chosen" or "rejected")."""
@@ -148,7 +181,7 @@ def _read_pairs(source: Source, features: list[str]) -> Scores:
     for i, (a, b) in enumerate(zip(*sides, strict=True)):
         if (a is None) != (b is None):
             raise UserError(f"row {i + 1} of {source.path} has a score for one side only", "a pair has two", "score both or drop the row")
-    subset = [str(v) for v in source.get("subset")] if source.has("subset") else None
+    subset = [str(v) for v in source.names("subset")] if source.has("subset") else None
     found = pairs(
         source.path.name,
         source.numbers("scores_chosen"),
@@ -157,7 +190,7 @@ def _read_pairs(source: Source, features: list[str]) -> Scores:
         subset,
     )
     n = len(found.better)
-    names = _unique(source, "id", subset) if source.has("id") else list(range(n))
+    names = unique(source, "id", subset) if source.has("id") else list(range(n))
     found.ids.update(group=names * 2, label=[1] * n + [0] * n, **({"subset": subset * 2} if subset else {}))
     return found
 
@@ -165,12 +198,12 @@ def _read_pairs(source: Source, features: list[str]) -> Scores:
 def _read_responses(source: Source, features: list[str]) -> Scores:
     score = source.numbers("score")
     ids: dict[str, list[Any]] = {}
-    subset = [str(v) for v in source.get("subset")] if source.has("subset") else None
-    names = source.get("group") if source.has("group") else list(range(len(score)))
+    subset = [str(v) for v in source.names("subset")] if source.has("subset") else None
+    names = source.names("group") if source.has("group") else list(range(len(score)))
     code = {v: i for i, v in enumerate(dict.fromkeys(map(str, names)))}
     group = np.array([code[str(v)] for v in names])
     if source.has("id") and source.map.get("group") != source.map.get("id", "id"):
-        ids["id"] = _unique(source, "id", subset)
+        ids["id"] = unique(source, "id", subset)
     better, worse = np.empty(0, np.int64), np.empty(0, np.int64)
     if source.has("group"):
         ids["group"] = names
@@ -187,12 +220,14 @@ def _read_responses(source: Source, features: list[str]) -> Scores:
     return Scores(source.path.name, score, found, group, better, worse, part, parts.tolist(), ids)
 
 
-def _unique(source: Source, role: str, subset: list[str] | None) -> list[Any]:
-    values, seen = source.get(role), set()
-    for i, key in enumerate(zip(map(str, values), subset or [""] * len(values), strict=True)):
+def unique(source: Source, role: str, part: list[str] | None = None) -> list[Any]:
+    """The names in a column. Raises UserError for one that stands twice, within its part where there are parts."""
+    values = source.names(role)
+    seen: set[tuple[str, str]] = set()
+    for value, key in zip(values, zip(map(str, values), part or [""] * len(values), strict=True), strict=True):
         if key in seen:
             raise UserError(
-                f"id {values[i]!r} stands twice in {source.path}",
+                f"{role} {value!r} stands twice in {source.path}",
                 "a row must be told from the others",
                 "drop one, or name the prompt's column: {group: id}",
             )
