@@ -24,6 +24,9 @@ _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value
 _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
+    "curate.dedup": Row(
+        {"threshold": 0.8}, ("tests/curate/test_dedup.py", "tests/curate/kernels/test_words.py"), families=("",), data=True
+    ),
     "reshape.fresh": Row(
         {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64},
         ("tests/reshape/test_fresh.py",),

@@ -78,6 +78,7 @@ RESHAPES = Shape(takes=("checkpoint",), gives=("checkpoint",), loads_in=STOCK)
 CREATES = Shape(takes=("dataset",), gives=("checkpoint",), loads_in=STOCK)
 TUNES = Shape(takes=("checkpoint", "dataset"), gives=("checkpoint",), loads_in=STOCK)
 CURATES = Shape(gives=("dataset",), loads_in="datasets")
+REFINES = Shape(takes=("dataset",), gives=("dataset",), loads_in="datasets")
 SCORES = Shape(gives=("scores",), loads_in="any reader of jsonl; reward functions and models through modelwright.reward.table.wrapper")
 MEASURES = Shape()  # from recorded results alone
 JUDGES = Shape(may_take=("checkpoint",))
@@ -86,6 +87,7 @@ SERVES = Shape(takes=("checkpoint",))
 # fmt: off
 METHODS = [
     method("curate.stdlib", "text that every Python installation carries, as a dataset", "ours", CURATES),
+    method("curate.dedup", "exact and near-duplicates out: MinHash bands, verified pairs, one copy of each cluster stays by a rule", "2402.19282", REFINES),
     method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", CREATES),
     method("reshape.upcycle", "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX", "2212.05055, 2502.19261, 2403.07816", RESHAPES),
     method("reshape.half_reset", "give a tuned model half of its pre-trained matrices back", "2404.18466", RESHAPES),
