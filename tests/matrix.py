@@ -24,6 +24,9 @@ _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value
 _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
+    "curate.rules": Row(
+        {"use": ["c4.lorem_ipsum"]}, ("tests/curate/test_rules.py", "tests/curate/kernels/test_signals.py"), families=("",), data=True
+    ),
     "curate.dedup": Row(
         {"threshold": 0.8}, ("tests/curate/test_dedup.py", "tests/curate/kernels/test_words.py"), families=("",), data=True
     ),

@@ -57,8 +57,8 @@ class Shingles:
     def add(self, shingles: np.ndarray, doc: np.ndarray, docs: int) -> None:
         """Shingles (s,) of a batch of documents; doc (s,) does not fall."""
         size = np.zeros(docs, np.int64)
-        first = np.flatnonzero(np.diff(doc, prepend=-1))
-        for a, b in zip(first, np.append(first[1:], len(doc)), strict=True):
+        first = np.flatnonzero(np.diff(doc, prepend=-1, append=docs))
+        for a, b in zip(first[:-1], first[1:], strict=True):
             mine = np.sort(shingles[a:b])
             mine = mine[np.concatenate([[True], mine[1:] != mine[:-1]])]
             size[doc[a]] = len(mine)

@@ -37,14 +37,16 @@ class Words:
     doc: np.ndarray  # (w,) int32
     hash: np.ndarray  # (w,) uint64
     docs: int
+    raw: np.ndarray  # (bytes,) uint8, as they were
+    place: np.ndarray  # (docs + 1,) where each document starts in both; a newline stands before the next
 
 
 def words(texts: list[str]) -> Words:
     """The words of all texts. A lone surrogate counts as a question mark."""
     parts = [t.encode("utf-8", "replace") for t in texts]
     place = np.cumsum([1] + [len(p) + 1 for p in parts])  # where each document starts
-    data = np.frombuffer(b"\n" + b"\n".join(parts) + b"\n" + _PAD, np.uint8)
-    inside, data = _ascii(data)
+    raw = np.frombuffer(b"\n" + b"\n".join(parts) + b"\n" + _PAD, np.uint8)
+    inside, data = _ascii(raw)
     cuts = np.empty(0, np.int64)
     if (high := np.flatnonzero(data >= 0xC0)).size:
         cuts = _beyond_ascii(data, inside, high)
@@ -54,7 +56,7 @@ def words(texts: list[str]) -> Words:
     if cuts.size:
         start, end = np.sort(np.concatenate([start, cuts])), np.sort(np.concatenate([end, cuts]))
     doc = np.repeat(np.arange(len(texts), dtype=np.int32), np.diff(np.searchsorted(start, place)))
-    return Words(data, start, end, doc, _hash(data, start, end), len(texts))
+    return Words(data, start, end, doc, hash_spans(data, start, end), len(texts), raw, place)
 
 
 def _ascii(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +115,8 @@ def _mix(h: np.ndarray) -> None:
     h ^= h >> np.uint64(29)
 
 
-def _hash(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+def hash_spans(data: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """One hash per span of bytes; equal bytes, equal hash. The last eight bytes of `data` are no part of a span."""
     eight = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))  # the eight bytes from each place on
     length = end - start
     h = eight[start]
