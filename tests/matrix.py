@@ -24,6 +24,9 @@ _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value
 _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
+    "curate.extract": Row(
+        {"pages": str(Path(__file__).parent / "curate" / "page.html"), "how": "plain"}, ("tests/curate/test_extract.py",), families=("",)
+    ),
     "curate.rules": Row(
         {"use": ["c4.lorem_ipsum"]}, ("tests/curate/test_rules.py", "tests/curate/kernels/test_signals.py"), families=("",), data=True
     ),

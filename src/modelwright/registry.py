@@ -87,6 +87,7 @@ SERVES = Shape(takes=("checkpoint",))
 # fmt: off
 METHODS = [
     method("curate.stdlib", "text that every Python installation carries, as a dataset", "ours", CURATES),
+    method("curate.extract", "the main text of web pages from WARC or HTML: a fast extractor, and a careful one where it is unsure", "2402.19282", CURATES),
     method("curate.rules", "Gopher, C4, FineWeb and other rules from one tokenisation: a column per signal, a reason per removal", "2402.19282, 2112.11446, 1910.10683, 2406.17557", REFINES),
     method("curate.dedup", "exact and near-duplicates out: MinHash bands, verified pairs, one copy of each cluster stays by a rule", "2402.19282", REFINES),
     method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", CREATES),
