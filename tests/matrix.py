@@ -33,6 +33,7 @@ ROWS: dict[str, Row] = {
     "curate.dedup": Row(
         {"threshold": 0.8}, ("tests/curate/test_dedup.py", "tests/curate/kernels/test_words.py"), families=("",), data=True
     ),
+    "curate.safety": Row({}, ("tests/curate/test_safety.py",), families=("",), data=True),
     "reshape.fresh": Row(
         {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64},
         ("tests/reshape/test_fresh.py",),

@@ -164,7 +164,7 @@ class _Words(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not self.inside:
-            self.parts.append(" ".join(data.split()) + " " * data[-1:].isspace())
+            self.parts.append(re.sub(r"\s+", " ", data))
 
 
 def plain(html: str) -> str:
@@ -172,7 +172,8 @@ def plain(html: str) -> str:
     parser = _Words()
     parser.feed(html)
     parser.close()
-    return "\n".join(line for line in (x.strip() for x in "".join(parser.parts).split("\n")) if line)
+    lines = (re.sub(" +", " ", x).strip() for x in "".join(parser.parts).split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def careful(html: str) -> str:
