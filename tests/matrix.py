@@ -34,6 +34,7 @@ ROWS: dict[str, Row] = {
         {"threshold": 0.8}, ("tests/curate/test_dedup.py", "tests/curate/kernels/test_words.py"), families=("",), data=True
     ),
     "curate.safety": Row({}, ("tests/curate/test_safety.py",), families=("",), data=True),
+    "curate.web": Row({"rules": {"use": []}}, ("tests/curate/test_web.py",), families=("",), data=True),
     "reshape.fresh": Row(
         {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64},
         ("tests/reshape/test_fresh.py",),

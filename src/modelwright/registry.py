@@ -91,6 +91,7 @@ METHODS = [
     method("curate.rules", "Gopher, C4, FineWeb and other rules from one tokenisation: a column per signal, a reason per removal", "2402.19282, 2112.11446, 1910.10683, 2406.17557", REFINES),
     method("curate.dedup", "exact and near-duplicates out: MinHash bands, verified pairs, one copy of each cluster stays by a rule", "2402.19282", REFINES),
     method("curate.safety", "domain and word lists, classifiers as plug-ins, personal data masked with check digits", "2402.19282", REFINES),
+    method("curate.web", "from pages or raw text to a corpus: extract, rules, dedup and safety as one funnel that multiplies out", "2402.19282", CURATES),
     method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", CREATES),
     method("reshape.upcycle", "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX", "2212.05055, 2502.19261, 2403.07816", RESHAPES),
     method("reshape.half_reset", "give a tuned model half of its pre-trained matrices back", "2404.18466", RESHAPES),
