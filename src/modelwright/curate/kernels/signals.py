@@ -37,7 +37,7 @@ class Page:
         self.docs = len(texts)
         self.characters = np.array([len(t) for t in texts], np.float64)
         lead = (self.w.raw & 0xC0) != 0x80  # first byte of a character
-        self.count = np.concatenate([[0], np.cumsum(lead, dtype=np.int64)])
+        self.count = np.concatenate([[0], np.cumsum(lead, dtype=np.int32)])
         self.word_size = self.count[self.w.end] - self.count[self.w.start]
         self.lines = self._lines()
 
@@ -66,6 +66,15 @@ def share(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(a, b, out=np.zeros(len(b)), where=b > 0)
 
 
+def most(doc: np.ndarray, value: np.ndarray, docs: int) -> np.ndarray:
+    """Largest value of each document, 0 without any; doc does not fall."""
+    out = np.zeros(docs)
+    first = np.flatnonzero(np.diff(doc, prepend=-1))
+    if len(first):
+        out[doc[first]] = np.maximum.reduceat(value, first)
+    return out
+
+
 def repeats(doc: np.ndarray, key: np.ndarray) -> np.ndarray:
     """Which items (i,) equal an earlier one of the same document."""
     key = key + doc.astype(np.uint64) * _M
@@ -84,11 +93,10 @@ def _words(p: Page) -> dict[str, np.ndarray]:
     w, raw = p.w, p.w.raw
     n = p.per(w.doc)
     letter = ((w.data - np.uint8(97)) < 26) | (w.data >= 128)
-    run = np.concatenate([[0], np.cumsum(letter, dtype=np.int64)])
+    run = np.concatenate([[0], np.cumsum(letter, dtype=np.int32)])
     letters = run[w.end] - run[w.start]
     stops = np.stack([np.bincount(w.doc[w.hash == h], minlength=p.docs) for h in stop_hashes()])
-    longest = np.zeros(p.docs)
-    np.maximum.at(longest, w.doc, p.word_size)
+    longest = most(w.doc, p.word_size, p.docs)
     of = lambda places: p.per(np.searchsorted(w.place, places, side="right") - 1)  # noqa: E731
     dots = np.flatnonzero((raw[:-2] == 46) & (raw[1:-1] == 46) & (raw[2:] == 46))
     dots = dots[np.diff(dots, prepend=-9) > 1]  # ..... is one
@@ -181,11 +189,11 @@ def _ngrams(p: Page) -> dict[str, np.ndarray]:
             size = reach[at[often] + n] - reach[at[often]] + n - 1
             out[f"characters_in_top_{n}_gram"] = _top(p, w.doc[at[often]], count[count > 1], size)
         else:
-            cover = np.zeros(total + 1, np.int64)
+            cover = np.zeros(total + 1, np.int8)  # at most n, which is 10
             again = at[~new]
             cover[again] += 1
             cover[again + n] -= 1
-            inside = np.cumsum(cover[:-1]) > 0
+            inside = np.cumsum(cover[:-1], dtype=np.int8) > 0
             out[f"characters_in_duplicate_{n}_grams"] = share(p.per(w.doc[inside], p.word_size[inside]), p.characters)
         alive[:] = False
         at = np.sort(at[often])
@@ -197,16 +205,16 @@ def _top(p: Page, doc: np.ndarray, count: np.ndarray, size: np.ndarray) -> np.nd
     """Characters of the most frequent n-gram, of several the longest, over all characters."""
     best = np.zeros(p.docs, np.int64)
     np.maximum.at(best, doc, count)
-    most = np.zeros(p.docs)
+    found = np.zeros(p.docs)
     top = count == best[doc]
-    np.maximum.at(most, doc[top], (count * size)[top])
-    return share(most, p.characters)
+    np.maximum.at(found, doc[top], (count * size)[top])
+    return share(found, p.characters)
 
 
 def _sentences(p: Page, kept: np.ndarray) -> dict[str, np.ndarray]:
     """Sentences end at . ? ! before a space or a line break; c4's are counted in the lines that it keeps."""
     raw, ln = p.w.raw, p.lines
-    stop = np.flatnonzero(np.isin(raw[:-1], list(b".?!")) & (raw[1:] <= 32))
+    stop = np.flatnonzero(((raw[:-1] == 46) | (raw[:-1] == 63) | (raw[:-1] == 33)) & (raw[1:] <= 32))
     line = np.searchsorted(ln.start, stop, side="right") - 1
     mine = (line >= 0) & (stop < ln.end[line]) if len(ln.start) else np.zeros(len(stop), bool)
     n = p.per(ln.doc[line[mine]])
@@ -241,14 +249,14 @@ def good_lines(p: Page) -> np.ndarray:
 def _shape(p: Page) -> dict[str, np.ndarray]:
     """Entropy of the bytes, the longest run of spaces, and what stands in templates."""
     raw, place, data = p.w.raw, p.w.place, p.w.data.tobytes()
-    entropy, spaces = np.zeros(p.docs), np.zeros(p.docs)
+    entropy = np.zeros(p.docs)
     for i, (a, b) in enumerate(zip(place[:-1], place[1:] - 1, strict=True)):
         c = np.bincount(raw[a:b], minlength=256)
         c = c[c > 0] / max(b - a, 1)
         entropy[i] = -(c * np.log2(c)).sum() if len(c) else 0.0
     is_space = np.concatenate([[False], raw == 32, [False]])
     edge = np.flatnonzero(is_space[1:] != is_space[:-1])
-    np.maximum.at(spaces, np.searchsorted(place, edge[::2], side="right") - 1, edge[1::2] - edge[::2])
+    spaces = most(np.searchsorted(place, edge[::2], side="right") - 1, edge[1::2] - edge[::2], p.docs)
     of = lambda found: p.per(np.searchsorted(place, np.array(found, np.int64), side="right") - 1)  # noqa: E731
     return {
         "characters": p.characters,
