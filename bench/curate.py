@@ -157,7 +157,7 @@ def main() -> None:
     ratio = found["ours"] / best if best else None
     parts = [
         f"signatures {found['ours']:.0f} MB/s"
-        + (f", {ratio:.2f} times the best other library" if ratio else ", no other library installed")
+        + (f", {ratio:.3f} times the best other library" if ratio else ", no other library installed")
     ]
     parts.append(f"rules {speed:.0f} MB/s")
     if len(lines) > 1:
