@@ -24,6 +24,17 @@ _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value
 _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
+    "curate.extract": Row(
+        {"pages": str(Path(__file__).parent / "curate" / "page.html"), "how": "plain"}, ("tests/curate/test_extract.py",), families=("",)
+    ),
+    "curate.rules": Row(
+        {"use": ["c4.lorem_ipsum"]}, ("tests/curate/test_rules.py", "tests/curate/kernels/test_signals.py"), families=("",), data=True
+    ),
+    "curate.dedup": Row(
+        {"threshold": 0.8}, ("tests/curate/test_dedup.py", "tests/curate/kernels/test_words.py"), families=("",), data=True
+    ),
+    "curate.safety": Row({}, ("tests/curate/test_safety.py",), families=("",), data=True),
+    "curate.web": Row({"rules": {"use": []}}, ("tests/curate/test_web.py",), families=("",), data=True),
     "reshape.fresh": Row(
         {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64, "norm": "mix"},
         ("tests/reshape/test_fresh.py", "tests/models/test_mix_ln.py"),

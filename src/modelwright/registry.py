@@ -76,6 +76,7 @@ RESHAPES = Shape(takes=("checkpoint",), gives=("checkpoint",), loads_in=STOCK)
 CREATES = Shape(takes=("dataset",), gives=("checkpoint",), loads_in=STOCK)
 TUNES = Shape(takes=("checkpoint", "dataset"), gives=("checkpoint",), loads_in=STOCK)
 CURATES = Shape(gives=("dataset",), loads_in="datasets")
+REFINES = Shape(takes=("dataset",), gives=("dataset",), loads_in="datasets")
 SCORES = Shape(gives=("scores",), loads_in="any reader of jsonl; reward functions and models through modelwright.reward.table.wrapper")
 MEASURES = Shape()  # from recorded results alone
 JUDGES = Shape(may_take=("checkpoint",))
@@ -86,6 +87,12 @@ SERVES = Shape(takes=("checkpoint",))
 METHODS = [
     method("curate.stdlib", "text that every Python installation carries, as a dataset", "ours", CURATES),
     method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs; norms pre, post, Mix-LN or OLMo 2", "ours, 2412.13795", CREATES),
+    method("curate.extract", "the main text of web pages from WARC or HTML: a fast extractor, and a careful one where it is unsure", "2402.19282", CURATES),
+    method("curate.rules", "Gopher, C4, FineWeb and other rules from one tokenisation: a column per signal, a reason per removal", "2402.19282, 2112.11446, 1910.10683, 2406.17557", REFINES),
+    method("curate.dedup", "exact and near-duplicates out: MinHash bands, verified pairs, one copy of each cluster stays by a rule", "2402.19282", REFINES),
+    method("curate.safety", "domain and word lists, classifiers as plug-ins, personal data masked with check digits", "2402.19282", REFINES),
+    method("curate.web", "from pages or raw text to a corpus: extract, rules, dedup and safety as one funnel that multiplies out", "2402.19282", CURATES),
+    method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", CREATES),
     method("reshape.upcycle", "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX", "2212.05055, 2502.19261, 2403.07816", RESHAPES),
     method("reshape.grow", "more blocks, wider blocks or both from the weights that are there: stack, interpolate, zero, Net2Net; SOLAR, LLaMA-Pro", "2405.15319, 1511.05641, 2310.07999, 2312.15166, 2401.02415", RESHAPES),
     method("reshape.growth_plan", "when to grow: tokens of the small model by G_stack's law, both halves in FLOPs", "2405.15319", MEASURES),

@@ -15,12 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from modelwright.core.errors import UserError
-from modelwright.core.files import write_json
-=======
 from modelwright.core.errors import UserError, short
->>>>>>> w-judge
+from modelwright.core.files import write_json
 from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Train, knob
 

@@ -9,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.errors import UserError
-<<<<<<< HEAD
 from modelwright.core.files import disk_errors
-from modelwright.judge.ask.protocol import Answer, Judge, Prompt
-=======
-from modelwright.core.model.lineage import disk_errors
 from modelwright.judge.ask.protocol import ANSWERED, Answer, Judge, Prompt
 
 _TYPES: dict[str, Any] = {"text": str, "status": str, "tokens_in": int, "tokens_out": int, "cost": (int, float), "said": str}
->>>>>>> w-judge
 
 
 class Kept:

@@ -28,18 +28,12 @@ class Learner:
 
     def refuse(self, techniques: list[Any], source: Checkpoint) -> None:
         """UserError if these cannot learn a sequence, before anything is measured."""
-<<<<<<< HEAD
-        if own := next((t.name for t in techniques if overrides(t, "rows")), None):
-            raise UserError(f"tune={own} cannot learn a task", "it makes its own rows, and the runner makes them here", "choose another")
-        combine(techniques, environment(source.skeleton, self.train))
-=======
         for t in techniques:
             if overrides(t, "rows"):
                 raise UserError(
                     f"tune={t.name} cannot learn a task", "it makes its own rows, and the runner makes them here", "choose another"
                 )
-        combine(techniques, surroundings(source.skeleton, self.train))
->>>>>>> w-judge
+        combine(techniques, environment(source.skeleton, self.train))
 
     def _kept(self, i: int) -> Path:
         return self.folder / f"after-{i}"

@@ -1,0 +1,1 @@
+"""Work on whole batches of documents at once: words, signatures, signals, pages, lists."""
