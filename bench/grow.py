@@ -30,6 +30,7 @@ SHAPES = {  # kind: small shape, growth, arms
     "depth": ({"layers": 2, "hidden": 96}, {"depth": 4}, ["stack", "interpolate", "zero", "net2net"]),
     "width": ({"layers": 4, "hidden": 48}, {"depth": 1, "hidden": 96}, ["net2net", "interpolate", "zero"]),
 }
+STEPS = {"depth": (150, 240), "width": (75, 120)}  # of the small model, of the grown one
 GROWN = {"depth": {"layers": 8, "hidden": 96}, "width": {"layers": 4, "hidden": 96}}
 
 
@@ -83,21 +84,21 @@ def trained(model: Any, tokens: int, lr: float, seed: int, data: tuple[Rows, Row
 
 
 class Bench:
-    def __init__(self, a: argparse.Namespace, tmp: Path):
-        self.a, self.tmp, self.data, self.cache = a, tmp, texts(), Cache("grow")
+    def __init__(self, tmp: Path):
+        self.tmp, self.data, self.cache = tmp, texts(), Cache("grow")
 
     def base(self, kind: str, seed: int) -> Path:
         """The trained small model."""
         to = self.tmp / f"{kind}-{seed}"
         if not to.exists():
-            trained(model_of(**SHAPES[kind][0], seed=seed), self.a.base * BATCH * CONTEXT, BASE_LR, seed, self.data, to)
+            trained(model_of(**SHAPES[kind][0], seed=seed), STEPS[kind][0] * BATCH * CONTEXT, BASE_LR, seed, self.data, to)
         return to
 
     def once(self, kind: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
         """The held-out loss against FLOPs, those of the small model counted."""
         small, growth, _ = SHAPES[kind]
-        per_token, before = flops(GROWN[kind]), flops(small) * self.a.base * BATCH * CONTEXT
-        tokens = self.a.grown * BATCH * CONTEXT
+        per_token, before = flops(GROWN[kind]), flops(small) * STEPS[kind][0] * BATCH * CONTEXT
+        tokens = STEPS[kind][1] * BATCH * CONTEXT
         if arm == "scratch":
             tokens, before = tokens + before // per_token, 0
             model = model_of(**GROWN[kind], seed=100 + seed)
@@ -111,7 +112,7 @@ class Bench:
         return {"path": [[before + t * per_token, loss] for t, loss in path]}
 
     def __call__(self, kind: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
-        return self.cache([kind, arm, lr, seed, self.a.base, self.a.grown], lambda: self.once(kind, arm, lr, seed))
+        return self.cache([kind, arm, lr, seed, *STEPS[kind]], lambda: self.once(kind, arm, lr, seed))
 
 
 def reached(path: list[list[float]], loss: float) -> float | None:
@@ -124,8 +125,6 @@ def reached(path: list[list[float]], loss: float) -> float | None:
 
 def main() -> None:
     args = argparse.ArgumentParser()
-    args.add_argument("--base", type=int, default=150, help="steps of the small model")
-    args.add_argument("--grown", type=int, default=240, help="steps of the grown model")
     args.add_argument("--seeds", type=int, default=3)
     args.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     a = args.parse_args()
@@ -133,7 +132,7 @@ def main() -> None:
     silence_transformers()
     with tempfile.TemporaryDirectory() as tmp:
         rows, outcomes, plots, notes = [], [], [], []
-        of = Bench(a, Path(tmp))
+        of = Bench(Path(tmp))
         for kind, (_, _, operators) in SHAPES.items():
             report(of, kind, operators, a, rows, outcomes, plots, notes)
     save(
