@@ -100,6 +100,7 @@ METHODS = [
     method("tune.hft", "half fine-tuning: freeze a random half of the matrices each round", "2404.18466", TUNES),
     method("tune.migu", "only output units that fire strongly may move", "2406.17245", TUNES),
     method("tune.key_value", "tune the keys or the values of the feed-forward memories", "2402.12233", TUNES),
+    method("tune.new_blocks", "train only the blocks that growing added", "2401.02415", TUNES),
     method("tune.c_rlft", "mixed-quality chats: the source as a condition and a weight, padding-free packing", "2309.11235", TUNES),
     method("tune.gw_moe", "tokens with an undecided router are sent to all experts while training", "2406.12375", TUNES),
     method("tune.rectify", "train experts under a capacity, with dropped tokens and empty slots put to use", "2402.12399", TUNES),

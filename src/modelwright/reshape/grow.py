@@ -15,7 +15,7 @@ where every factor is a power of two (for zero: of four), and says so where it d
 in depth, and training repairs it in a few hundred steps; the paper finds stack the best of the four operators after training.
 
 Presets: solar (2312.15166), two copies of the model that each lose a quarter of the blocks at the seam, 32 -> 48; llama_pro
-(2401.02415), a silent copy after every fourth block, 32 -> 40, of which LLaMA-Pro trains the new blocks alone (the report lists them).
+(2401.02415), a silent copy after every fourth block, 32 -> 40; LLaMA-Pro trains the new blocks alone, which `tune.new_blocks` does.
 
 Embeddings, final norm and head are copied as they are; so are biases, q- and k-norms and layer types, which are taken along with
 their block. Heads grow by whole groups, a key and value head with its queries, and keep their width, so RoPE and the scale of the
@@ -65,14 +65,17 @@ def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
     width, changed = found if found else (None, {})
     if depth.order == tuple(range(depth.blocks)) and width is None:
         raise UserError("nothing would grow", "depth is 1 and no width is larger than the model's", "give depth, hidden, heads or ffn")
-    raw = json.loads(source.hf_config.to_json_string()) | source.config
+    raw = {k: v for k, v in (json.loads(source.hf_config.to_json_string()) | source.config).items() if k != "grown_blocks"}
     config = raw | settings(raw, source.hf_config, depth) | changed
+    new_blocks = sorted(i for b in range(depth.blocks) for i in depth.targets(b)[1:])
+    if new_blocks:
+        config["grown_blocks"] = new_blocks  # which tune.new_blocks trains alone
     names = _names(source, config, depth, width)
     facts: dict[str, Any] = {
         "operator": knobs.operator,
         "blocks": f"{depth.blocks} -> {len(depth.order)}",
         "source of each block": list(depth.order),
-        "new blocks": sorted(i for b in range(depth.blocks) for i in depth.targets(b)[1:]),
+        "new blocks": new_blocks,
     }
     facts |= {n: f"{a.n} -> {a.n2}" for n, a in (width.axes if width else {}).items() if a.n != a.n2 and n != "q"}
     rounded = width is not None and not width.exact_in_halves() and any(source.dtype(n).itemsize < 4 for n in source.table)

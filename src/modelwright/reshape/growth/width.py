@@ -24,6 +24,8 @@ from torch import Tensor
 
 from modelwright.core.model.anatomy import Part
 
+_CHUNK = 256  # rows that are worked on at a time, so that memory holds one grown matrix and little more
+
 # role -> (axis of the outputs, axis of the inputs)
 AXES = {
     "embed": ("hidden", ""),
@@ -171,14 +173,20 @@ class Width:
             new = self._draw(shape, f"{name}.columns", t.dtype) if kind == "hidden" else t.new_zeros(shape)
             return torch.cat([t, new], 1)
         share = axis.copies.float().repeat_interleave(axis.size)
-        out = (t[:, axis.rows].float() / share).to(t.dtype)
+        g = self._generator(f"{name}.noise")
+        return torch.cat([self._divided(rows, axis, share, g) for rows in t.split(_CHUNK)])
+
+    def _divided(self, t: Tensor, axis: Axis, share: Tensor, g: torch.Generator) -> Tensor:
+        """Columns copied and divided by their number of copies; of each pair one gets a little more and the other as much less."""
+        out = (t.float()[:, axis.rows] / share).to(t.dtype)
         one, two = axis.pairs
-        if self.noise and len(one):
-            u = torch.rand((t.shape[0], len(one)), generator=self._generator(f"{name}.noise")) * 2 - 1
-            whole = 2 * out[:, one].float()
-            larger = (whole / 2 * (1 + self.noise * u.abs())).to(t.dtype)
-            smaller = (whole - larger.float()).to(t.dtype)
-            out[:, one], out[:, two] = torch.where(u > 0, larger, smaller), torch.where(u > 0, smaller, larger)
+        if not self.noise or not len(one):
+            return out
+        u = torch.rand((len(t), len(one)), generator=g) * 2 - 1
+        half = out[:, one].float()
+        larger = (half * (1 + self.noise * u.abs())).to(t.dtype)
+        smaller = (2 * half - larger.float()).to(t.dtype)
+        out[:, one], out[:, two] = torch.where(u > 0, larger, smaller), torch.where(u > 0, smaller, larger)
         return out
 
     def _draw(self, shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:
