@@ -64,7 +64,8 @@ def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
     found = wider(source, anatomy, knobs.operator, knobs, seed)
     width, changed = found if found else (None, {})
     if depth.order == tuple(range(depth.blocks)) and width is None:
-        raise UserError("nothing would grow", "depth is 1 and no width is larger than the model's", "give depth, hidden, heads or ffn")
+        why = "depth is 1" if knobs.preset == "none" else f"{knobs.preset} asks for four blocks or more and the model has {depth.blocks}"
+        raise UserError("nothing would grow", f"{why}, and no width is larger than the model's", "give depth, hidden, heads or ffn")
     raw = {k: v for k, v in (json.loads(source.hf_config.to_json_string()) | source.config).items() if k != "grown_blocks"}
     config = raw | settings(raw, source.hf_config, depth) | changed
     new_blocks = sorted(i for b in range(depth.blocks) for i in depth.targets(b)[1:])
@@ -87,14 +88,14 @@ def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
     def stream() -> Iterator[tuple[str, Tensor]]:
         for old, news in names.items():
             part = anatomy.parts.get(old)
-            tensor = source.get(old)
+            tensor = source.get(_stored(source, old))
             if width is not None:
                 assert part is not None
                 tensor = width.grow(tensor, part).contiguous()
             for new in news:
                 yield new, _silenced(tensor, new, depth, anatomy, old, knobs.operator, source.hf_config, seed)
 
-    dtypes = {new: source.dtype(old) for old, news in names.items() for new in news}
+    dtypes = {new: source.dtype(_stored(source, old)) for old, news in names.items() for new in news}
     same = depth.same and not rounded
     return Blueprint(config, dtypes, stream, source, facts), "same function" if same else "changed function"
 
@@ -103,6 +104,8 @@ def _depth(source: Checkpoint, anatomy: Anatomy, knobs: Knobs) -> Depth:
     config, name = source.hf_config, type(source.skeleton).__name__
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise UserError(f"{name} cannot grow", "it is more than one stack of blocks", "give a decoder-only model")
+    if knobs.preset != "none" and knobs.order:
+        raise UserError(f"both preset={knobs.preset} and order are given", "a preset is an order of its own", "give one of the two")
     depth = plan(len(anatomy.blocks), knobs.operator, knobs.depth, knobs.preset, knobs.order)
     if depth.silent and (why := _never_silent(anatomy, config)):
         raise UserError(f"{name} has no block that does nothing", why, "use operator=stack or interpolate")
@@ -127,7 +130,8 @@ def _names(source: Checkpoint, config: dict[str, Any], depth: Depth, width: Widt
     for new in sorted(shapes, key=natural):
         block = block_of(new)
         old = new if block is None else rename(new, depth.order[block])
-        if block is not None and (old not in source or width is None and source.shape(old) != shapes[new]):
+        there = _stored(source, old)
+        if block is not None and (there not in source or width is None and source.shape(there) != shapes[new]):
             raise UserError(
                 f"block {block} of the grown {type(source.skeleton).__name__} cannot be made of block {depth.order[block]}",
                 f"the class puts another kind of block there, which needs {new} {shapes[new]}",
@@ -135,7 +139,12 @@ def _names(source: Checkpoint, config: dict[str, Any], depth: Depth, width: Widt
             )
         found.setdefault(old, []).append(new)
     order = {n: i for i, n in enumerate(source.table)}
-    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+    return dict(sorted(found.items(), key=lambda item: order.get(_stored(source, item[0]), -1)))
+
+
+def _stored(source: Checkpoint, name: str) -> str:
+    """A tensor's name in the source's files; some checkpoints, such as GPT-2's, are saved without the prefix of the body."""
+    return name if name in source else name.removeprefix(f"{source.skeleton.base_model_prefix}.")
 
 
 _OUTPUTS = ("attn.o", "ffn.down", "expert.down", "shared.down")

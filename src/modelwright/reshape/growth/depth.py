@@ -38,7 +38,7 @@ def plan(blocks: int, operator: str, factor: int = 1, preset: str = "none", orde
     """
     if preset == "solar":  # two copies of the model; a quarter is cut off at the seam of each
         cut = blocks // 4
-        found = [*range(blocks - cut), *range(cut, blocks)]
+        found = [*range(blocks - cut), *range(cut, blocks)] if cut else list(range(blocks))
     elif preset == "llama_pro":  # one silent copy after each group of four blocks (32 -> 40)
         found = [b for b in range(blocks) for _ in range(2 if b % 4 == 3 else 1)]
     elif order:
