@@ -9,8 +9,10 @@ reports the loss of 300B tokens after 194B. `reshape.growth_plan` says when to g
     zero         as interpolate; each copy but the first adds nothing:               new units carry 0, gains and epsilon are
                  its two output projections are 0 (LEMON, LLaMA-Pro)                 set right for the norm's mean (LEMON)
     net2net      new blocks add nothing and have new random matrices                 units copied, readers divided (Net2Net)
+    masked       new blocks have new random matrices (MSG, 2305.02869)               new units are random, written and read
 
-Which keep the function: in depth zero and net2net, to the last bit; in width all four, to rounding. In 16-bit weights width keeps it
+Which keep the function: in depth zero and net2net, to the last bit; in width all but masked, to rounding; masked behind the masks of
+`tune.masked`, which opens them while it trains. In 16-bit weights width keeps it
 where every factor is a power of two (for zero: of four), and says so where it does not. `stack` and `interpolate` change the function
 in depth, and training repairs it in a few hundred steps; the paper finds stack the best of the four operators after training.
 
@@ -24,7 +26,7 @@ scores stay. Embeddings that are also the head stay one matrix. The optimizer st
 Official code (tongxuluo/prts), where it differs: four fixed Llama shapes; modules of a stacked model are shared until saved; its zero
 width leaves the norms wrong, so the function changes; its Net2Net width copies single query and key rows across heads, which breaks
 heads and RoPE. Ours: any model of the role map in depth; width as above; the copies are told apart by `noise` (growth/width.py).
-LiGO (learnt growth) and masked growth (MSG) need training of their own and are not here.
+LiGO (learnt growth, 2303.00980) needs training of its own and is not here.
 """
 
 import json
@@ -47,7 +49,7 @@ from modelwright.reshape.growth.width import Width, generator
 
 @dataclass(frozen=True)
 class Knobs:
-    operator: Literal["stack", "interpolate", "zero", "net2net"] = knob("stack", "where new blocks and units come from")
+    operator: Literal["stack", "interpolate", "zero", "net2net", "masked"] = knob("stack", "where new blocks and units come from")
     depth: int = knob(4, "times as many blocks; 1: as many as now", low=1)
     preset: Literal["none", "solar", "llama_pro"] = knob("none", "a known depth, instead of depth")
     order: list[int] = knob([], "the source block of each new block, instead of depth")
@@ -55,6 +57,9 @@ class Knobs:
     heads: int | None = knob(None, "query heads; key and value heads grow alike", low=1)
     ffn: int | None = knob(None, "neurons of the feed-forward part", low=1)
     noise: float = knob(0.01, "width by copies: share by which the readers of two copies are made to differ", low=0, high=0.5)
+
+
+_MARKS = ("grown_blocks", "grown_from")  # what an earlier growth wrote into config.json
 
 
 def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, str]:
@@ -66,7 +71,7 @@ def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
     if depth.order == tuple(range(depth.blocks)) and width is None:
         why = "depth is 1" if knobs.preset == "none" else f"{knobs.preset} asks for four blocks or more and the model has {depth.blocks}"
         raise UserError("nothing would grow", f"{why}, and no width is larger than the model's", "give depth, hidden, heads or ffn")
-    raw = {k: v for k, v in (json.loads(source.hf_config.to_json_string()) | source.config).items() if k != "grown_blocks"}
+    raw = {k: v for k, v in (json.loads(source.hf_config.to_json_string()) | source.config).items() if k not in _MARKS}
     config = raw | settings(raw, source.hf_config, depth) | changed
     new_blocks = sorted(i for b in range(depth.blocks) for i in depth.targets(b)[1:])
     if new_blocks:
@@ -79,7 +84,9 @@ def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
         "new blocks": new_blocks,
     }
     facts |= {n: f"{a.n} -> {a.n2}" for n, a in (width.axes if width else {}).items() if a.n != a.n2 and n != "q"}
-    rounded = width is not None and not width.exact_in_halves() and any(source.dtype(n).itemsize < 4 for n in source.table)
+    rounded = (
+        width is not None and not width.random and not width.exact_in_halves() and any(source.dtype(n).itemsize < 4 for n in source.table)
+    )
     if rounded:
         facts["note"] = (
             "a factor of the width is no power of two (zero: of four), so the function is kept only up to the rounding of 16-bit weights"
@@ -93,10 +100,10 @@ def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
                 assert part is not None
                 tensor = width.grow(tensor, part).contiguous()
             for new in news:
-                yield new, _silenced(tensor, new, depth, anatomy, old, knobs.operator, source.hf_config, seed)
+                yield new, _in_new_block(tensor, new, depth, anatomy, old, source.hf_config, seed)
 
     dtypes = {new: source.dtype(_stored(source, old)) for old, news in names.items() for new in news}
-    same = depth.same and not rounded
+    same = depth.same and not rounded and knobs.operator != "masked"
     return Blueprint(config, dtypes, stream, source, facts), "same function" if same else "changed function"
 
 
@@ -151,14 +158,12 @@ _OUTPUTS = ("attn.o", "ffn.down", "expert.down", "shared.down")
 _EXPERT_OUTPUTS = (".w2.weight", ".down_proj.weight", ".output_linear.weight")  # as experts are called on disk
 
 
-def _silenced(tensor: Tensor, new: str, depth: Depth, anatomy: Anatomy, old: str, operator: str, config: Any, seed: int) -> Tensor:
-    """The tensor as a silent block has it; unchanged in any other block."""
-    if block_of(new) not in depth.silent:
-        return tensor
-    part = anatomy.parts.get(old)
-    if part.role in _OUTPUTS if part else old.endswith(_EXPERT_OUTPUTS):
+def _in_new_block(tensor: Tensor, new: str, depth: Depth, anatomy: Anatomy, old: str, config: Any, seed: int) -> Tensor:
+    """The tensor as a silent or fresh block has it; unchanged in any other block."""
+    block, part = block_of(new), anatomy.parts.get(old)
+    if block in depth.silent and (part.role in _OUTPUTS if part else old.endswith(_EXPERT_OUTPUTS)):
         return torch.zeros_like(tensor)
-    if operator == "net2net" and tensor.dim() > 1:  # norms stay the neighbour's: a gain's neutral value differs between families
+    if block in depth.fresh and tensor.dim() > 1:  # norms stay the neighbour's: a gain's neutral value differs between families
         std = float(getattr(config, "initializer_range", 0.02))
         return (torch.randn(tensor.shape, generator=generator(seed, new)) * std).to(tensor.dtype)
     return tensor
