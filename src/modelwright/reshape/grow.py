@@ -11,10 +11,10 @@ reports the loss of 300B tokens after 194B. `reshape.growth_plan` says when to g
     net2net      new blocks add nothing and have new random matrices                 units copied, readers divided (Net2Net)
     masked       new blocks have new random matrices (MSG, 2305.02869)               new units are random, written and read
 
-Which keep the function: in depth zero and net2net, to the last bit; in width all but masked, to rounding; masked behind the masks of
-`tune.masked`, which opens them while it trains. In 16-bit weights width keeps it
-where every factor is a power of two (for zero: of four), and says so where it does not. `stack` and `interpolate` change the function
-in depth, and training repairs it in a few hundred steps; the paper finds stack the best of the four operators after training.
+Which keep the function: in depth zero and net2net, to the last bit; in width all but masked, to rounding. In 16-bit weights width keeps
+it where every factor is a power of two (for zero: of four); elsewhere the report says that it is rounded. A masked model is the old one
+behind the masks of `tune.masked`, which opens them while it trains. `stack` and `interpolate` change the function in depth, and training
+repairs it in a few hundred steps. The paper finds stack the best of the four after training; in bench/grow.py they end close together.
 
 Presets: solar (2312.15166), two copies of the model that each lose a quarter of the blocks at the seam, 32 -> 48; llama_pro
 (2401.02415), a silent copy after every fourth block, 32 -> 40; LLaMA-Pro trains the new blocks alone, which `tune.new_blocks` does.
