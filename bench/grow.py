@@ -126,6 +126,7 @@ def reached(path: list[list[float]], loss: float) -> float | None:
 def main() -> None:
     args = argparse.ArgumentParser()
     args.add_argument("--seeds", type=int, default=3)
+    args.add_argument("--kinds", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     args.add_argument("--lrs", type=float, nargs="+", default=[1e-3, 3e-3])
     a = args.parse_args()
     torch.set_num_threads(1)
@@ -133,8 +134,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         rows, outcomes, plots, notes = [], [], [], []
         of = Bench(Path(tmp))
-        for kind, (_, _, operators) in SHAPES.items():
-            report(of, kind, operators, a, rows, outcomes, plots, notes)
+        sweep = {arm: {lr: of("depth", arm, lr, 0)["path"][-1][1] for lr in a.lrs} for arm in ("scratch", "stack")}
+        best = {arm: min(by, key=by.__getitem__) for arm, by in sweep.items()}
+        for kind in a.kinds:
+            report(of, kind, best, a.seeds, rows, outcomes, plots)
+        rates = [f"{arm} " + ", ".join(f"{lr:g} {v:.4f}" for lr, v in by.items()) for arm, by in sweep.items()]
+        notes.append("learning rates on seed 0, in depth: " + "; ".join(rates) + "; width takes the same")
+        notes += [f"{kind} was left out of this run" for kind in SHAPES if kind not in a.kinds]
     save(
         "grow",
         claim="A grown model beats one from scratch at equal FLOPs, the small model's training counted, with every operator, in "
@@ -155,20 +161,17 @@ def main() -> None:
     )
 
 
-def report(of: Bench, kind: str, operators: list[str], a: argparse.Namespace, rows: list, outcomes: list, plots: list, notes: list) -> None:
-    """Runs one kind of growth and adds its rows, sentence, plot and notes."""
-    lead = operators[0]
-    sweep = {arm: {lr: of(kind, arm, lr, 0)["path"][-1][1] for lr in a.lrs} for arm in ("scratch", lead)}
-    best = {arm: min(by, key=by.__getitem__) for arm, by in sweep.items()}
-    ends, series = {}, {}
+def report(of: Bench, kind: str, best: dict[str, float], seeds: int, rows: list, outcomes: list, plots: list) -> None:
+    """Runs one kind of growth and adds its rows, sentence and plot."""
+    operators, ends, series = SHAPES[kind][2], {}, {}
     for arm in ("scratch", *operators):
-        lr = best["scratch" if arm == "scratch" else lead]
-        paths = [of(kind, arm, lr, s)["path"] for s in range(a.seeds)]
-        controls = [of(kind, "scratch", best["scratch"], s)["path"] for s in range(a.seeds)]
+        lr = best["scratch" if arm == "scratch" else "stack"]
+        paths = [of(kind, arm, lr, s)["path"] for s in range(seeds)]
+        controls = [of(kind, "scratch", best["scratch"], s)["path"] for s in range(seeds)]
         ends[arm] = [p[-1][1] for p in paths]
         gains = [c[-1][0] / x - 1 if (x := reached(p, c[-1][1])) else None for p, c in zip(paths, controls, strict=True)]
         known = [100 * g for g in gains if g is not None]
-        gain = "" if arm == "scratch" else spread(known) if len(known) == a.seeds else f"not reached on {a.seeds - len(known)} of {a.seeds}"
+        gain = "" if arm == "scratch" else spread(known) if len(known) == seeds else f"not reached on {seeds - len(known)} of {seeds}"
         start = "" if arm == "scratch" else spread([p[0][1] for p in paths])
         rows.append([kind, arm, lr, f"{statistics.mean(ends[arm]):.4f} ({min(ends[arm]):.4f} to {max(ends[arm]):.4f})", start, gain])
         series[arm] = [[x, y] for x, y in paths[0] if y < 3.5]
@@ -178,10 +181,6 @@ def report(of: Bench, kind: str, operators: list[str], a: argparse.Namespace, ro
     verdict = f"below the control on every seed: {', '.join(won) or 'none'}; not: {', '.join(lost) or 'none'}"
     outcomes.append(f"{kind.capitalize()}: {verdict}. Mean loss: {order}.")
     plots.append({"kind": "line", "title": f"Growth in {kind}, seed 0", "x": "FLOPs", "y": "held-out nats per byte", "series": series})
-    notes.append(
-        f"{kind}: sweep on seed 0: "
-        + "; ".join(f"{arm} " + ", ".join(f"{lr:g} {v:.4f}" for lr, v in by.items()) for arm, by in sweep.items())
-    )
 
 
 if __name__ == "__main__":
