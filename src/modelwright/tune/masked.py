@@ -38,7 +38,7 @@ class Masked(Technique):
     """Masks as hooks, opened after each step and gone in what is saved."""
 
     name = "masked"
-    supports = Technique.supports - {"lora", "zero0", "zero1", "zero2", "zero3"}
+    supports = Technique.supports - {"lora", "fsdp2", "zero0", "zero1", "zero2", "zero3"}
 
     def __init__(self, knobs: Knobs):
         self.knobs, self.step = knobs, 0
