@@ -140,6 +140,8 @@ def main() -> None:
             report(of, kind, best, a.seeds, rows, outcomes, plots)
         rates = [f"{arm} " + ", ".join(f"{lr:g} {v:.4f}" for lr, v in by.items()) for arm, by in sweep.items()]
         notes.append("learning rates on seed 0, in depth: " + "; ".join(rates) + "; width takes the same")
+        if edge := [arm for arm, lr in best.items() if lr == max(a.lrs)]:
+            notes.append(f"the best rate of {' and '.join(edge)} is the highest that was tried, so a higher one may be better still")
         notes += [f"{kind} was left out of this run" for kind in SHAPES if kind not in a.kinds]
     save(
         "grow",
@@ -180,6 +182,8 @@ def report(of: Bench, kind: str, best: dict[str, float], seeds: int, rows: list,
     order = " < ".join(sorted(ends, key=lambda arm: statistics.mean(ends[arm])))
     verdict = f"below the control on every seed: {', '.join(won) or 'none'}; not: {', '.join(lost) or 'none'}"
     outcomes.append(f"{kind.capitalize()}: {verdict}. Mean loss: {order}.")
+    if kind == "depth" and (near := [o for o in operators if o != "stack" and min(ends[o]) < max(ends["stack"])]):
+        outcomes.append(f"Stack is not shown to be the best operator: the seeds of {', '.join(near)} overlap with its own.")
     plots.append({"kind": "line", "title": f"Growth in {kind}, seed 0", "x": "FLOPs", "y": "held-out nats per byte", "series": series})
 
 
