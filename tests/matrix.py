@@ -91,6 +91,10 @@ ROWS: dict[str, Row] = {
         {"train": _TRAIN, "guard": "update"}, ("tests/tune/test_migu.py",), families=(*DENSE, "gpt2", "gpt_neox", "phi3", "opt"), data=True
     ),
     "tune.key_value": Row({"train": _TRAIN}, ("tests/tune/test_key_value.py",), families=(*DENSE, "gpt2", "phi3", "mixtral"), data=True),
+    "tune.masked": Row({"train": _TRAIN, "ramp": 1}, ("tests/tune/test_masked.py",), families=()),  # needs a model grown by masks
+    "tune.new_blocks": Row(
+        {"train": _TRAIN, "blocks": [1]}, ("tests/tune/test_new_blocks.py",), families=(*DENSE, "gpt2", "mixtral"), data=True
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),

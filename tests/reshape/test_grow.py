@@ -1,5 +1,6 @@
 """Growing keeps the function where it promises to, copies bit for bit where it copies, and what comes out is a stock model."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -199,6 +200,24 @@ def test_bytes_do_not_depend_on_the_shards_of_the_source(tiny: Tiny, tmp_path: P
     assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
 
 
+def test_checkpoint_saved_without_the_prefix_of_its_body_grows_too(tiny: Tiny, tmp_path: Path) -> None:
+    """As GPT-2's are on the hub."""
+    model = Checkpoint(tiny("gpt2")).model()
+    model.transformer.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"architectures": ["GPT2LMHeadModel"]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    assert "h.0.ln_1.weight" in Checkpoint(tmp_path / "base")
+    to, _ = write(tmp_path / "base", tmp_path / "out", operator="zero", depth=2, hidden=64)
+    assert difference(tiny("gpt2"), to) < 1e-5
+
+
+def test_growing_again_names_the_blocks_of_the_last_time(tiny: Tiny, tmp_path: Path) -> None:
+    to, _ = write(tiny("llama"), tmp_path / "one", operator="zero", depth=2)
+    assert Checkpoint(to).config["grown_blocks"] == [1, 3]
+    assert grow(Checkpoint(to), Knobs(operator="zero", order=[0, 1, 2, 3, 3]))[0].config["grown_blocks"] == [4]
+    assert "grown_blocks" not in grow(Checkpoint(to), Knobs(depth=1, hidden=64))[0].config
+
+
 # ---- what comes out --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("kind", "changes", "knobs"),
@@ -251,6 +270,9 @@ def test_result_loads_where_modelwright_is_not_installed(tiny: Tiny, tmp_path: P
         ("llama", {"depth": 1, "heads": 7}, ["heads=7", "multiples of 2"]),
         ("llama", {"depth": 1, "ffn": 40}, ["ffn=40 is smaller"]),
         ("llama", {"order": [0, 1, 2]}, ["block 2", "0 to 1"]),
+        ("llama", {"preset": "llama_pro"}, ["nothing would grow", "four blocks", "has 2"]),
+        ("llama", {"preset": "solar"}, ["nothing would grow", "four blocks", "has 2"]),
+        ("llama", {"preset": "solar", "order": [0, 1]}, ["preset=solar and order"]),
         ("gpt2", {"depth": 1, "heads": 8}, ["heads=8", "hidden=64"]),
         ("gemma2", {"depth": 1, "hidden": 64}, ["Gemma2", "wider"]),
         ("t5", {"depth": 2}, ["more than one stack"]),

@@ -116,7 +116,7 @@ def _read(path: Path, targets: list[float]) -> tuple[list[float], dict[str, list
         sizes = [float(n) for n in raw["model_params"]]
         losses = {str(d): [float(v) for v in values] for d, values in raw["losses"].items()}
         given = raw.get("targets") or {}
-        known = {float(n): given[n] for n in given} if isinstance(given, dict) else {float(n): None for n in given}
+        known: dict[float, list[float] | None] = {float(n): given[n] if isinstance(given, dict) else None for n in given}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(
             f"{path} holds no losses by domain", "it is not of the form {model_params: [...], losses: {domain: [...]}}", "write it so"

@@ -54,7 +54,7 @@ class MixLNLayer(LlamaDecoderLayer):
         assert config.norm_placement is not None
         self.placement = config.norm_placement[layer]
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         if self.placement == "pre":
             return super().forward(hidden_states, **kwargs)
         x, first, second = hidden_states, self.input_layernorm, self.post_attention_layernorm

@@ -9,13 +9,15 @@ reports the loss of 300B tokens after 194B. `reshape.growth_plan` says when to g
     zero         as interpolate; each copy but the first adds nothing:               new units carry 0, gains and epsilon are
                  its two output projections are 0 (LEMON, LLaMA-Pro)                 set right for the norm's mean (LEMON)
     net2net      new blocks add nothing and have new random matrices                 units copied, readers divided (Net2Net)
+    masked       new blocks have new random matrices (MSG, 2305.02869)               new units are random, written and read
 
-Which keep the function: in depth zero and net2net, to the last bit; in width all four, to rounding. In 16-bit weights width keeps it
-where every factor is a power of two (for zero: of four), and says so where it does not. `stack` and `interpolate` change the function
-in depth, and training repairs it in a few hundred steps; the paper finds stack the best of the four operators after training.
+Which keep the function: in depth zero and net2net, to the last bit; in width all but masked, to rounding. In 16-bit weights width keeps
+it where every factor is a power of two (for zero: of four); elsewhere the report says that it is rounded. A masked model is the old one
+behind the masks of `tune.masked`, which opens them while it trains. `stack` and `interpolate` change the function in depth, and training
+repairs it in a few hundred steps. The paper finds stack the best of the four after training; in bench/grow.py they end close together.
 
 Presets: solar (2312.15166), two copies of the model that each lose a quarter of the blocks at the seam, 32 -> 48; llama_pro
-(2401.02415), a silent copy after every fourth block, 32 -> 40, of which LLaMA-Pro trains the new blocks alone (the report lists them).
+(2401.02415), a silent copy after every fourth block, 32 -> 40; LLaMA-Pro trains the new blocks alone, which `tune.new_blocks` does.
 
 Embeddings, final norm and head are copied as they are; so are biases, q- and k-norms and layer types, which are taken along with
 their block. Heads grow by whole groups, a key and value head with its queries, and keep their width, so RoPE and the scale of the
@@ -24,7 +26,7 @@ scores stay. Embeddings that are also the head stay one matrix. The optimizer st
 Official code (tongxuluo/prts), where it differs: four fixed Llama shapes; modules of a stacked model are shared until saved; its zero
 width leaves the norms wrong, so the function changes; its Net2Net width copies single query and key rows across heads, which breaks
 heads and RoPE. Ours: any model of the role map in depth; width as above; the copies are told apart by `noise` (growth/width.py).
-LiGO (learnt growth) and masked growth (MSG) need training of their own and are not here.
+LiGO (learnt growth, 2303.00980) needs training of its own and is not here.
 """
 
 import json
@@ -47,7 +49,7 @@ from modelwright.reshape.growth.width import Width, generator
 
 @dataclass(frozen=True)
 class Knobs:
-    operator: Literal["stack", "interpolate", "zero", "net2net"] = knob("stack", "where new blocks and units come from")
+    operator: Literal["stack", "interpolate", "zero", "net2net", "masked"] = knob("stack", "where new blocks and units come from")
     depth: int = knob(4, "times as many blocks; 1: as many as now", low=1)
     preset: Literal["none", "solar", "llama_pro"] = knob("none", "a known depth, instead of depth")
     order: list[int] = knob([], "the source block of each new block, instead of depth")
@@ -57,6 +59,9 @@ class Knobs:
     noise: float = knob(0.01, "width by copies: share by which the readers of two copies are made to differ", low=0, high=0.5)
 
 
+_MARKS = ("grown_blocks", "grown_from")  # what an earlier growth wrote into config.json
+
+
 def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, str]:
     """The grown checkpoint as a blueprint, and what it promises: 'same function' or 'changed function'."""
     anatomy = Anatomy(source.skeleton)
@@ -64,18 +69,24 @@ def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
     found = wider(source, anatomy, knobs.operator, knobs, seed)
     width, changed = found if found else (None, {})
     if depth.order == tuple(range(depth.blocks)) and width is None:
-        raise UserError("nothing would grow", "depth is 1 and no width is larger than the model's", "give depth, hidden, heads or ffn")
-    raw = json.loads(source.hf_config.to_json_string()) | source.config
+        why = "depth is 1" if knobs.preset == "none" else f"{knobs.preset} asks for four blocks or more and the model has {depth.blocks}"
+        raise UserError("nothing would grow", f"{why}, and no width is larger than the model's", "give depth, hidden, heads or ffn")
+    raw = {k: v for k, v in (json.loads(source.hf_config.to_json_string()) | source.config).items() if k not in _MARKS}
     config = raw | settings(raw, source.hf_config, depth) | changed
+    new_blocks = sorted(i for b in range(depth.blocks) for i in depth.targets(b)[1:])
+    if new_blocks:
+        config["grown_blocks"] = new_blocks  # which tune.new_blocks trains alone
     names = _names(source, config, depth, width)
     facts: dict[str, Any] = {
         "operator": knobs.operator,
         "blocks": f"{depth.blocks} -> {len(depth.order)}",
         "source of each block": list(depth.order),
-        "new blocks": sorted(i for b in range(depth.blocks) for i in depth.targets(b)[1:]),
+        "new blocks": new_blocks,
     }
     facts |= {n: f"{a.n} -> {a.n2}" for n, a in (width.axes if width else {}).items() if a.n != a.n2 and n != "q"}
-    rounded = width is not None and not width.exact_in_halves() and any(source.dtype(n).itemsize < 4 for n in source.table)
+    rounded = (
+        width is not None and not width.random and not width.exact_in_halves() and any(source.dtype(n).itemsize < 4 for n in source.table)
+    )
     if rounded:
         facts["note"] = (
             "a factor of the width is no power of two (zero: of four), so the function is kept only up to the rounding of 16-bit weights"
@@ -84,15 +95,15 @@ def grow(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
     def stream() -> Iterator[tuple[str, Tensor]]:
         for old, news in names.items():
             part = anatomy.parts.get(old)
-            tensor = source.get(old)
+            tensor = source.get(_stored(source, old))
             if width is not None:
                 assert part is not None
                 tensor = width.grow(tensor, part).contiguous()
             for new in news:
-                yield new, _silenced(tensor, new, depth, anatomy, old, knobs.operator, source.hf_config, seed)
+                yield new, _in_new_block(tensor, new, depth, anatomy, old, source.hf_config, seed)
 
-    dtypes = {new: source.dtype(old) for old, news in names.items() for new in news}
-    same = depth.same and not rounded
+    dtypes = {new: source.dtype(_stored(source, old)) for old, news in names.items() for new in news}
+    same = depth.same and not rounded and knobs.operator != "masked"
     return Blueprint(config, dtypes, stream, source, facts), "same function" if same else "changed function"
 
 
@@ -100,6 +111,8 @@ def _depth(source: Checkpoint, anatomy: Anatomy, knobs: Knobs) -> Depth:
     config, name = source.hf_config, type(source.skeleton).__name__
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise UserError(f"{name} cannot grow", "it is more than one stack of blocks", "give a decoder-only model")
+    if knobs.preset != "none" and knobs.order:
+        raise UserError(f"both preset={knobs.preset} and order are given", "a preset is an order of its own", "give one of the two")
     depth = plan(len(anatomy.blocks), knobs.operator, knobs.depth, knobs.preset, knobs.order)
     if depth.silent and (why := _never_silent(anatomy, config)):
         raise UserError(f"{name} has no block that does nothing", why, "use operator=stack or interpolate")
@@ -124,7 +137,8 @@ def _names(source: Checkpoint, config: dict[str, Any], depth: Depth, width: Widt
     for new in sorted(shapes, key=natural):
         block = block_of(new)
         old = new if block is None else rename(new, depth.order[block])
-        if block is not None and (old not in source or width is None and source.shape(old) != shapes[new]):
+        there = _stored(source, old)
+        if block is not None and (there not in source or width is None and source.shape(there) != shapes[new]):
             raise UserError(
                 f"block {block} of the grown {type(source.skeleton).__name__} cannot be made of block {depth.order[block]}",
                 f"the class puts another kind of block there, which needs {new} {shapes[new]}",
@@ -132,21 +146,24 @@ def _names(source: Checkpoint, config: dict[str, Any], depth: Depth, width: Widt
             )
         found.setdefault(old, []).append(new)
     order = {n: i for i, n in enumerate(source.table)}
-    return dict(sorted(found.items(), key=lambda item: order[item[0]]))
+    return dict(sorted(found.items(), key=lambda item: order.get(_stored(source, item[0]), -1)))
+
+
+def _stored(source: Checkpoint, name: str) -> str:
+    """A tensor's name in the source's files; some checkpoints, such as GPT-2's, are saved without the prefix of the body."""
+    return name if name in source else name.removeprefix(f"{source.skeleton.base_model_prefix}.")
 
 
 _OUTPUTS = ("attn.o", "ffn.down", "expert.down", "shared.down")
 _EXPERT_OUTPUTS = (".w2.weight", ".down_proj.weight", ".output_linear.weight")  # as experts are called on disk
 
 
-def _silenced(tensor: Tensor, new: str, depth: Depth, anatomy: Anatomy, old: str, operator: str, config: Any, seed: int) -> Tensor:
-    """The tensor as a silent block has it; unchanged in any other block."""
-    if block_of(new) not in depth.silent:
-        return tensor
-    part = anatomy.parts.get(old)
-    if part.role in _OUTPUTS if part else old.endswith(_EXPERT_OUTPUTS):
+def _in_new_block(tensor: Tensor, new: str, depth: Depth, anatomy: Anatomy, old: str, config: Any, seed: int) -> Tensor:
+    """The tensor as a silent or fresh block has it; unchanged in any other block."""
+    block, part = block_of(new), anatomy.parts.get(old)
+    if block in depth.silent and (part.role in _OUTPUTS if part else old.endswith(_EXPERT_OUTPUTS)):
         return torch.zeros_like(tensor)
-    if operator == "net2net" and tensor.dim() > 1:  # norms stay the neighbour's: a gain's neutral value differs between families
+    if block in depth.fresh and tensor.dim() > 1:  # norms stay the neighbour's: a gain's neutral value differs between families
         std = float(getattr(config, "initializer_range", 0.02))
         return (torch.randn(tensor.shape, generator=generator(seed, new)) * std).to(tensor.dtype)
     return tensor

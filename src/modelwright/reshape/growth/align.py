@@ -25,7 +25,7 @@ def rotations(cross: Tensor) -> Tensor:
     turned = torch.eye(d, dtype=cross.dtype).repeat(n, 1, 1)
     for _ in range(_ROUNDS):
         for m in range(n):
-            others = sum(cross[m, k] @ turned[k] for k in range(n) if k != m)
+            others = (cross[m] @ turned).sum(0) - cross[m, m] @ turned[m]
             u, _, vh = torch.linalg.svd(others)
             turned[m] = u @ vh
     return turned
@@ -39,7 +39,7 @@ def phases(cross: Tensor) -> Tensor:
     turn = torch.ones(n, half, dtype=inner.dtype)
     for _ in range(_ROUNDS):
         for m in range(n):
-            others = sum(inner[m, k] * turn[k] for k in range(n) if k != m)
+            others = (inner[m] * turn).sum(0) - inner[m, m] * turn[m]
             turn[m] = torch.where(others.abs() > 0, others / others.abs().clamp(min=1e-300), turn[m])
     return turn.angle()
 

@@ -14,10 +14,12 @@ _INDICES = ("mlp_only_layers", "dense_layers")
 
 @dataclass(frozen=True)
 class Depth:
-    """`order[i]` is the source block of new block i. A silent block adds nothing to the residual stream when it is made."""
+    """`order[i]` is the source block of new block i. A silent block adds nothing to the residual stream when it is made; a fresh
+    one has new random matrices."""
 
     order: tuple[int, ...]
     silent: frozenset[int]
+    fresh: frozenset[int]
     blocks: int  # of the source
 
     @property
@@ -34,11 +36,11 @@ def plan(blocks: int, operator: str, factor: int = 1, preset: str = "none", orde
     """The new blocks in order.
 
     stack: new block i comes from block i mod L. The other operators keep copies together: i comes from block i // factor.
-    Under zero and net2net every copy but the first is silent.
+    Every copy but the first is new: silent under zero and net2net, fresh under net2net and masked.
     """
     if preset == "solar":  # two copies of the model; a quarter is cut off at the seam of each
         cut = blocks // 4
-        found = [*range(blocks - cut), *range(cut, blocks)]
+        found = [*range(blocks - cut), *range(cut, blocks)] if cut else list(range(blocks))
     elif preset == "llama_pro":  # one silent copy after each group of four blocks (32 -> 40)
         found = [b for b in range(blocks) for _ in range(2 if b % 4 == 3 else 1)]
     elif order:
@@ -50,8 +52,9 @@ def plan(blocks: int, operator: str, factor: int = 1, preset: str = "none", orde
     if wrong := [b for b in found if not 0 <= b < blocks]:
         raise UserError(f"order names block {wrong[0]}", f"the model has blocks 0 to {blocks - 1}", "name blocks that are there")
     first = {b: i for i, b in reversed(list(enumerate(found)))}
-    hides = operator in ("zero", "net2net") or preset == "llama_pro"
-    return Depth(tuple(found), frozenset(i for i, b in enumerate(found) if hides and first[b] != i), blocks)
+    new = frozenset(i for i, b in enumerate(found) if first[b] != i)
+    silent = operator in ("zero", "net2net") or preset == "llama_pro" and operator != "masked"
+    return Depth(tuple(found), new if silent else frozenset(), new if operator in ("net2net", "masked") else frozenset(), blocks)
 
 
 def block_of(name: str) -> int | None:

@@ -57,7 +57,7 @@ def wider(source: Checkpoint, anatomy: Anatomy, operator: str, knobs: Any, seed:
             f"{name} has heads of width hidden / heads, and they are {old.head_dim} wide",
             f"give hidden={new.heads * new.head_dim}, or leave heads out",
         )
-    scheme = {"zero": "pad", "interpolate": "repeat"}.get(operator, "tile")
+    scheme = {"zero": "pad", "masked": "pad", "interpolate": "repeat"}.get(operator, "tile")
     width = Width(
         axes={
             "hidden": Axis(old.hidden, new.hidden, 1, scheme),
@@ -70,14 +70,21 @@ def wider(source: Checkpoint, anatomy: Anatomy, operator: str, knobs: Any, seed:
         tied=any(p.role == "embed" and any(t.startswith("lm_head") for t in p.tied) for p in anatomy),
         layer_norm=any(p.role == "norm.final" and p.kind == "bias" for p in anatomy),
         seed=seed,
+        random=operator == "masked",
     )
+    if width.random and width.layer_norm and new.hidden > old.hidden:
+        raise UserError(
+            f"{name} cannot have masked units in its residual stream",
+            "LayerNorm subtracts a mean that masked units would change",
+            "grow heads, ffn or depth by masks, or use another operator",
+        )
     return width, _settings(source, old, new, width, explicit)
 
 
 def _target(old: Sizes, hidden: int, heads: int | None, ffn: int | None, operator: str) -> Sizes:
     if hidden < old.hidden:
         raise UserError(f"hidden={hidden} is smaller than the model's {old.hidden}", "growing makes nothing smaller", "give a larger one")
-    if operator != "zero" and hidden % old.hidden:
+    if operator not in ("zero", "masked") and hidden % old.hidden:
         low = hidden // old.hidden * old.hidden
         raise UserError(
             f"hidden={hidden} cannot be reached by copying {old.hidden} units",
@@ -118,6 +125,8 @@ def _settings(source: Checkpoint, old: Sizes, new: Sizes, width: Width, explicit
             changed["head_dim"] = new.head_dim
     elif raw.get("n_inner") or new.ffn != 4 * new.hidden:
         changed["n_inner"] = new.ffn
-    if width.pads and width.ratio != 1:
+    if width.random:  # what tune.masked hides
+        changed["grown_from"] = {"hidden": old.hidden, "heads": old.heads, "ffn": old.ffn}
+    elif width.pads and width.ratio != 1:
         changed |= {k: getattr(source.hf_config, k) / width.ratio for k in _EPSILON if hasattr(source.hf_config, k)}
     return changed

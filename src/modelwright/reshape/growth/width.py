@@ -9,6 +9,8 @@ copy (Net2Net, 1511.05641; bert2BERT): new unit j repeats unit map[j]. What writ
 pad (LEMON, 2310.07999): new units of the stream carry 0 (with LayerNorm: the mean of the others), new heads and neurons are drawn
     and read with weight 0. Their part of the norm's mean is undone by the gain, times sqrt(n / n'), and by the epsilon, times n / n'.
 
+mask (MSG, 2305.02869): padding with random values everywhere; tune.masked hides the new units and opens them while it trains.
+
 Copies that are alike would get like gradients for ever. `noise` moves weight between the two columns that read a pair of copies:
 B + e and B - e, e = B * noise * u with u drawn for each value. The sum is exact in every floating-point type (the larger column is
 rounded, the smaller is the rest, which has no rounding error), and the copies are told apart. This is ours.
@@ -23,6 +25,8 @@ import torch
 from torch import Tensor
 
 from modelwright.core.model.anatomy import Part
+
+_CHUNK = 256  # rows that are worked on at a time, so that memory holds one grown matrix and little more
 
 # role -> (axis of the outputs, axis of the inputs)
 AXES = {
@@ -100,6 +104,7 @@ class Width:
     tied: bool  # embeddings and head are one matrix
     layer_norm: bool  # the norms subtract the mean
     seed: int
+    random: bool = False  # new units write and read random values: something else hides them
 
     @property
     def pads(self) -> bool:
@@ -137,8 +142,8 @@ class Width:
             return t
         axis, grown = self.axes[out], t.float()
         if self.pads:
-            grown = grown / math.sqrt(self.ratio) if part.kind == "weight" else grown
-            fill = 1.0 / math.sqrt(self.ratio) if part.kind == "weight" else 0.0
+            scale = 1.0 if self.random or part.kind == "bias" else 1 / math.sqrt(self.ratio)
+            grown, fill = grown * scale, scale if part.kind == "weight" else 0.0
             return torch.cat([grown, grown.new_full((axis.n2 - axis.n,), fill)]).to(t.dtype)
         grown = grown[axis.rows]
         return (grown / self.ratio if part.role == "norm.final" and self.tied else grown).to(t.dtype)
@@ -157,7 +162,7 @@ class Width:
             return t[axis.rows]
         extra = (axis.n2 - axis.n) * axis.size
         shape = (extra, *t.shape[1:])
-        if kind != "hidden":  # new heads and neurons; a bias starts at 0
+        if kind != "hidden" or self.random:  # new heads and neurons; a bias starts at 0
             new = self._draw(shape, f"{name}.rows", t.dtype) if t.dim() > 1 else t.new_zeros(shape)
         elif self.layer_norm:
             new = t.float().mean(0, keepdim=True).expand(shape).to(t.dtype)
@@ -168,17 +173,23 @@ class Width:
     def _read(self, t: Tensor, axis: Axis, kind: str, name: str) -> Tensor:
         if axis.scheme == "pad":
             shape = (t.shape[0], (axis.n2 - axis.n) * axis.size)
-            new = self._draw(shape, f"{name}.columns", t.dtype) if kind == "hidden" else t.new_zeros(shape)
+            new = self._draw(shape, f"{name}.columns", t.dtype) if kind == "hidden" or self.random else t.new_zeros(shape)
             return torch.cat([t, new], 1)
         share = axis.copies.float().repeat_interleave(axis.size)
-        out = (t[:, axis.rows].float() / share).to(t.dtype)
+        g = self._generator(f"{name}.noise")
+        return torch.cat([self._divided(rows, axis, share, g) for rows in t.split(_CHUNK)])
+
+    def _divided(self, t: Tensor, axis: Axis, share: Tensor, g: torch.Generator) -> Tensor:
+        """Columns copied and divided by their number of copies; of each pair one gets a little more and the other as much less."""
+        out = (t.float()[:, axis.rows] / share).to(t.dtype)
         one, two = axis.pairs
-        if self.noise and len(one):
-            u = torch.rand((t.shape[0], len(one)), generator=self._generator(f"{name}.noise")) * 2 - 1
-            whole = 2 * out[:, one].float()
-            larger = (whole / 2 * (1 + self.noise * u.abs())).to(t.dtype)
-            smaller = (whole - larger.float()).to(t.dtype)
-            out[:, one], out[:, two] = torch.where(u > 0, larger, smaller), torch.where(u > 0, smaller, larger)
+        if not self.noise or not len(one):
+            return out
+        u = torch.rand((len(t), len(one)), generator=g) * 2 - 1
+        half = out[:, one].float()
+        larger = (half * (1 + self.noise * u.abs())).to(t.dtype)
+        smaller = (2 * half - larger.float()).to(t.dtype)
+        out[:, one], out[:, two] = torch.where(u > 0, larger, smaller), torch.where(u > 0, smaller, larger)
         return out
 
     def _draw(self, shape: tuple[int, ...], name: str, dtype: torch.dtype) -> Tensor:
