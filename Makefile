@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 BENCHMARKS := $(filter-out bench/common.py bench/pages.py,$(wildcard bench/*.py))
 
-.PHONY: demo test lint bench docs docs-site clean
+.PHONY: demo test slow lint bench docs docs-site clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m venv .venv
@@ -17,6 +17,9 @@ demo: .venv/ready
 
 test: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+slow: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations=20 || test $$? -eq 5
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -13,8 +13,8 @@ import torch
 
 import modelwright.models  # noqa: F401 - our classes become known to the Auto classes
 from modelwright.cli.output import print_json, resumable
-from modelwright.core.data.read import is_text, read, read_table
 from modelwright.core.data.make import tokenize
+from modelwright.core.data.read import is_text, read, read_table
 from modelwright.core.data.rows import IGNORE, collate
 from modelwright.core.errors import UserError, short
 from modelwright.core.knobs import Data

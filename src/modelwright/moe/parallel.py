@@ -39,12 +39,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from modelwright.core.errors import UserError
 from modelwright.moe.execute import LOADED, PENDING, activation, experts, is_plain
 from modelwright.moe.rectify import rectify
 from modelwright.moe.routing import Routing
+
+try:
+    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+except ImportError:  # older transformers lay no experts on processes
+    EPImplementation, EPImplementationInterface = object, None
 
 NAME = "modelwright"  # of ep_implementation
 Group = Any  # of torch.distributed; None: all processes
@@ -163,4 +167,5 @@ class Lists(EPImplementation):
         return execute_over(hidden_states, routing, m.gate_up_proj, m.down_proj, activation(m.act_fn), group=group)
 
 
-EPImplementationInterface.register(NAME, Lists)
+if EPImplementationInterface is not None:
+    EPImplementationInterface.register(NAME, Lists)
