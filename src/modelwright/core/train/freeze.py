@@ -47,40 +47,44 @@ class Freezing(Technique):
         for name, p in named:
             units = self.frozen.get(name)
             if units is not None:
-                across = name in self._transposed
-                yield name, p, units if across else _shard_units(p, units), across
+                transposed = name in self._transposed
+                yield name, p, units if transposed else _shard_units(p, units), transposed
 
     @property
     def edits(self) -> bool:
         return any(u is not None for u in self.frozen.values())
 
     def on_gradients(self, named: Named) -> None:
-        for name, p, units, across in self._partial(named):
+        for name, p, units, transposed in self._partial(named):
             if p.grad is not None:
-                where = _index(units, dist.local(p), across)
+                where = _index(units, dist.local(p), transposed)
                 dist.local(p.grad)[where] = 0
                 if name not in self._kept:
                     self._kept[name] = dist.local(p.detach())[where].clone()
 
     def after_step(self, named: Named) -> None:
         with torch.no_grad():
-            for name, p, units, across in self._partial(named):
+            for name, p, units, transposed in self._partial(named):
                 if name in self._kept:
                     w = dist.local(p)
-                    w[_index(units, w, across)] = self._kept[name]
+                    w[_index(units, w, transposed)] = self._kept[name]
 
     def liveness(self, moved: dict[str, Tensor]) -> str:
-        still = {n: m if f is None else m[f.to(m.device)] for n, f in self.frozen.items() if (m := moved.get(n)) is not None}
-        wrong = [n for n, m in still.items() if bool(m.any())]
-        loose = {
-            n: m if f is None else m & ~f.to(m.device)
-            for n, m in moved.items()
-            if (f := self.frozen.get(n)) is not None or n not in self.frozen
-        }
-        free = [n for n, m in loose.items() if bool(m.any())]
+        wrong: list[str] = []  # frozen, and moved
+        free: list[str] = []  # not frozen, or only in part, and moved there
+        for name, units_moved in moved.items():
+            if name not in self.frozen:
+                held = torch.zeros_like(units_moved)
+            else:
+                units = self.frozen[name]
+                held = torch.ones_like(units_moved) if units is None else units.to(units_moved.device)
+            if bool((units_moved & held).any()):
+                wrong.append(name)
+            if bool((units_moved & ~held).any()):
+                free.append(name)
         if wrong or not free:
             raise RuntimeError(f"{self.name}: {len(wrong)} frozen tensors moved ({', '.join(wrong[:3])}), {len(free)} others moved")
-        whole = sum(f is None for f in self.frozen.values())
+        whole = sum(units is None for units in self.frozen.values())
         parts = f" and pieces of {len(self.frozen) - whole}" if len(self.frozen) > whole else ""
         return f"{self.name}: {whole} of {len(moved)} tensors{parts} frozen, 0 of them moved; {len(free)} others moved"
 
@@ -90,8 +94,8 @@ class Freezing(Technique):
         return 1 - frozen / sum(p.size for p in anatomy if p.layer is not None)
 
 
-def _index(units: Tensor, w: Tensor, across: bool) -> tuple:
-    if across:
+def _index(units: Tensor, w: Tensor, transposed: bool) -> tuple:
+    if transposed:
         return (slice(None), units)
     return (units.view(w.shape[:2]),) if w.dim() == 3 else (units,)
 

@@ -169,17 +169,30 @@ def environment(model: Any, train: Train) -> set[str]:
 
 
 def combine(techniques: list[Technique], environment: set[str]) -> None:
-    """Raise UserError unless every technique works in this environment and with the others; again after selection."""
-    for part, what in (("rows", "makes the rows"), ("attach", "attaches modules")):
-        owners = [t.name for t in techniques if overrides(t, part)]
-        if part == "rows" and len(owners) > 1:
-            raise UserError(f"{' and '.join(owners)} do not combine", f"each {what} its own way", "choose one of them")
+    """Raise UserError for techniques that do not work together or in this environment; called again after selection."""
+    makers = [t.name for t in techniques if overrides(t, "rows")]
+    if len(makers) > 1:
+        raise UserError(f"{' and '.join(makers)} do not combine", "each makes the rows its own way", "choose one of them")
     for t in techniques:
-        needs = environment | ({"lora"} if any(o.adapters for o in techniques if o is not t) else set())
-        bad = next((n for n in needs if n.startswith("zero") and t.edits), None) or next(iter(sorted(needs - t.supports)), None)
-        if bad:
-            words = {"lora": "adapters", "4bit": "4-bit weights"}.get(bad, bad.replace("zero", "DeepSpeed ZeRO stage ").replace("_", " "))
-            raise UserError(f"{t.name} does not work with {words}", _WHY.get(bad, ""), _HOW.get(bad[:4], _HOW.get(bad, "")))
+        needs = set(environment)
+        if any(other.adapters for other in techniques if other is not t):
+            needs.add("lora")
+        missing = _unsupported(t, needs)
+        if missing is not None:
+            named = {"lora": "adapters", "4bit": "4-bit weights"}
+            words = named.get(missing, missing.replace("zero", "DeepSpeed ZeRO stage ").replace("_", " "))
+            how = _HOW["zero"] if missing.startswith("zero") else _HOW.get(missing, "")
+            raise UserError(f"{t.name} does not work with {words}", _WHY.get(missing, ""), how)
+
+
+def _unsupported(technique: Technique, needs: set[str]) -> str | None:
+    """The first need, by name, that a technique does not work with."""
+    if technique.edits:  # whatever it says it supports: DeepSpeed steps before a gradient can be edited
+        for need in sorted(needs):
+            if need.startswith("zero"):
+                return need
+    missing = sorted(needs - technique.supports)
+    return missing[0] if missing else None
 
 
 def checksums(model: nn.Module) -> dict[str, Tensor]:
@@ -207,17 +220,32 @@ def in_out(model: nn.Module, name: str) -> bool:
 
 def changed_units(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
     """Which output units changed since `before = checksums(model)`, seen over all processes: plain name -> (units,) bool."""
-    after, pieces, shapes = checksums(model), [], {}
+    after = checksums(model)
+    pieces: list[Tensor] = []
+    sizes: dict[str, int] = {}
     for name, p in model.named_parameters():
         key = plain_name(name)
         changed = (before[key] != after[key]).int()
-        if in_out(model, name) or (start := dist.offset(p)) is None:
-            whole = changed
-        else:
-            per = max(1, changed.numel() // max(dist.local(p).shape[0], 1)) if p.dim() > 2 else 1
-            whole = changed.new_zeros(p.shape[0] * (p.shape[1] if p.dim() > 2 else 1))
-            whole[start * per : start * per + changed.numel()] = changed
+        whole = changed if in_out(model, name) else _in_whole(p, changed)
         pieces.append(whole)
-        shapes[key] = whole.numel()
-    flat = dist.all_sum(torch.cat(pieces)) if dist.world() > 1 else torch.cat(pieces)
-    return {k: v > 0 for k, v in zip(shapes, flat.split(list(shapes.values())), strict=True)}
+        sizes[key] = whole.numel()
+    flat = torch.cat(pieces)
+    if dist.world() > 1:
+        flat = dist.all_sum(flat)
+    return {key: part > 0 for key, part in zip(sizes, flat.split(list(sizes.values())), strict=True)}
+
+
+def _in_whole(p: nn.Parameter, changed: Tensor) -> Tensor:
+    """Units of this process's shard at their places among the units of the whole parameter."""
+    start = dist.offset(p)
+    if start is None:
+        return changed
+    units_per_row = 1
+    if p.dim() > 2:  # stacked experts: one row of dimension 0 is an expert with many output units
+        rows_here = max(dist.local(p).shape[0], 1)
+        units_per_row = max(1, changed.numel() // rows_here)
+    total = p.shape[0] * (p.shape[1] if p.dim() > 2 else 1)
+    whole = changed.new_zeros(total)
+    first = start * units_per_row
+    whole[first : first + changed.numel()] = changed
+    return whole
