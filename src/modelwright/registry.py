@@ -89,6 +89,7 @@ METHODS = [
     method("curate.stdlib", "text that every Python installation carries, as a dataset", "ours", CURATES),
     method("reshape.fresh", "an untrained Llama and its own BPE tokenizer, sized by knobs", "ours", CREATES),
     method("reshape.upcycle", "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX", "2212.05055, 2502.19261, 2403.07816", RESHAPES),
+    method("reshape.moefy", "dense to mixture of experts by splitting the feed-forward part: same parameters, fewer per token", "2110.01786, 2502.04416", RESHAPES),
     method("reshape.half_reset", "give a tuned model half of its pre-trained matrices back", "2404.18466", RESHAPES),
     method("reshape.edit", "teach one fact by moving the keys or the values of one layer's memories", "2402.12233", RESHAPES),
     method("reshape.rmoe", "experts whose routers are recurrent over depth, from a dense model or from Mixtral", "2408.06793", RESHAPES, loads_in=OURS),
