@@ -9,8 +9,8 @@ from modelwright.inspect.functions.precision import average_precision
 from modelwright.inspect.mixture.outputs import pair_similarity
 
 SEEDS = [0, 1, 2]
-LOOPED = 256  # neurons that scikit-learn is timed on; its cost per neuron is constant
-REPEATS = 3  # the least of these counts
+LOOPED = 48  # neurons that scikit-learn is timed on; its cost per neuron is constant
+REPEATS = 2  # the least of these counts
 
 
 def least(make) -> tuple[float, object]:

@@ -288,7 +288,7 @@ def main() -> None:
             "rise of the held-out loss over the dense model, nats per token, means over seeds (of split, router, text; the ReLU model too)",
             f"experts: {', '.join(f'{n} {e}' for n, e in MODELS.items())}; calibration on {ROWS * CONTEXT:,} tokens",
             "random with ridge is LLaMA-MoE's split with a router in closed form; cmoe is CMoE's split; + mean adds what the other "
-            "neurons give on average (over all tokens, or those at which they are off); no stock class has a place for it, an MLP or an oracle",
+            "neurons give on average (over all tokens, or where they are off); no stock class has a place for it, an MLP or an oracle",
         ],
         plots=plots,
     )
