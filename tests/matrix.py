@@ -210,4 +210,18 @@ ROWS: dict[str, Row] = {
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
         families=("",),
     ),
+    "reshape.moefy": Row(
+        {"experts": 6, "top_k": 2, "router": "ridge", "context": 16},
+        ("tests/reshape/test_moefy.py", "tests/reshape/experts/test_split.py", "tests/moe/test_partition.py"),
+        families=(*DENSE, "granite", "phi3"),
+        data=True,
+        loads_in={
+            "llama": "GraniteMoeForCausalLM",
+            "mistral": "GraniteMoeForCausalLM",
+            "granite": "GraniteMoeForCausalLM",
+            "phi3": "GraniteMoeForCausalLM",
+            "qwen2": "Qwen2MoeForCausalLM",
+            "qwen3": "Qwen3MoeForCausalLM",
+        },
+    ),
 }

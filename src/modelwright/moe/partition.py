@@ -90,21 +90,29 @@ def balanced_kmeans(
         if torch.equal(new, label):
             break
         label, centres = new, group_means(x, new, experts)
-    return label, centres, float((x - centres[label]).pow(2).sum())
+    squares = float(_squares(x).sum()) - float((centres.double().pow(2).sum(1) * torch.tensor(sizes)).sum())
+    return label, centres, max(squares, 0.0)
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Squared norm of each row (N,), fp64; no copy of the table is made."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
 
 
 def _start(x: Tensor, experts: int, seed: int) -> Tensor:
     """k-means++: each next centre is a row drawn with probability proportional to its squared distance to the nearest."""
     g = torch.Generator().manual_seed(seed)
-    chosen = [int(torch.randint(len(x), (1,), generator=g))]
-    nearest = (x - x[chosen[0]]).pow(2).sum(1)
+    norms, chosen = _squares(x), [int(torch.randint(len(x), (1,), generator=g))]
+    nearest = torch.full((len(x),), torch.inf, dtype=torch.float64)
     for _ in range(experts - 1):
-        weight = nearest.double()
+        last = chosen[-1]
+        nearest = torch.minimum(nearest, (norms + norms[last] - 2 * (x @ x[last]).double()).clamp(min=0))
+        weight = nearest.clone()
+        weight[chosen] = 0
         if float(weight.sum()) <= 0:  # all rows are equal to a centre
             weight = torch.ones(len(x), dtype=torch.float64)
             weight[chosen] = 0
         chosen.append(int(torch.multinomial(weight, 1, generator=g)))
-        nearest = torch.minimum(nearest, (x - x[chosen[-1]]).pow(2).sum(1))
     return x[chosen].clone()
 
 
@@ -114,6 +122,10 @@ def _distances(x: Tensor, centres: Tensor) -> np.ndarray:
 
 
 def group_means(x: Tensor, labels: Tensor, groups: int) -> Tensor:
-    """Mean row of each group (groups, d)."""
-    total = torch.zeros(groups, x.shape[1], dtype=torch.float64).index_add_(0, labels, x.double())
-    return (total / torch.bincount(labels, minlength=groups).clamp(min=1)[:, None]).to(x.dtype)
+    """Mean row of each group (groups, d); 0 for an empty one. Takes one group at a time."""
+    found = torch.zeros(groups, x.shape[1], dtype=x.dtype)
+    for e in range(groups):
+        own = labels == e
+        if bool(own.any()):
+            found[e] = x[own].mean(0)
+    return found

@@ -21,8 +21,8 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
     scores = np.asarray(scores)
     if scores.dtype not in (np.float32, np.float64):
         scores = scores.astype(np.float64)
-    step = max(1, _BLOCK // n)
-    parts = [_block(scores[:, i : i + step].T.copy(order="C"), labels, positive) for i in range(0, scores.shape[1], step)]
+    step = max(1, _BLOCK // n)  # a narrow copy first: turning it is fast, turning columns of the wide table is not
+    parts = [_block(scores[:, i : i + step].copy().T.copy(order="C"), labels, positive) for i in range(0, scores.shape[1], step)]
     return np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])
 
 
@@ -32,37 +32,44 @@ def predictivity(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _block(x: np.ndarray, labels: np.ndarray, positive: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two APs of rows of x (f, n), which is changed."""
+    """The two APs of rows of x (f, n), which is changed.
+
+    In rising order let p_i be the place of the i-th positive. It has P - i positives and n - p_i scores from there on, so with
+    v[j] = 1 / (n - j) its precision is (P - i) v[p_i]. The precisions of ALL places add up to the sum over i of V[p_i], V being
+    the running sum of v; the negatives' precisions, with 1 - precision in place of precision, follow from the two sums.
+    """
     n = x.shape[1]
-    inverse = 1.0 / np.arange(n, 0, -1)  # 1 / (how many scores are at least this one), in rising order
     x += 0.0  # -0.0 becomes 0.0
     key = _keys(x)
     key |= labels.astype(key.dtype)
     key.sort(1)
-    label = (key & 1).astype(np.float64)
-    precision = np.cumsum(label, 1)
-    precision -= label
-    np.subtract(positive, precision, out=precision)  # positives among the scores from here on
-    precision *= inverse
     tied = (key[:, 1:] ^ key[:, :-1]) <= 1  # equal scores, whatever their labels
-    if tied.any():
-        _settle_ties(precision, tied)
+    lowest = np.where(tied.all(1), n, tied.argmin(1) + 1)  # how many share the lowest score: zeros after a ReLU
+    if int(tied.sum()) > int((lowest - 1).sum()):
+        return _with_ties(key, tied, positive)
+    place = np.flatnonzero((key & 1).astype(bool)).reshape(len(key), positive)
+    place -= np.arange(0, key.size, n)[:, None]
+    v = 1.0 / np.arange(n, 0, -1)
+    each, total, left = v[place], np.cumsum(v), np.arange(positive, 0, -1.0)
+    if (lowest == 1).all():
+        hit, whole = each @ left, total[place].sum(1)
+    else:  # the ties all count at the precision of the first place, P / n
+        among = place < lowest[:, None]
+        hit = np.where(among, 0.0, each) @ left + among.sum(1) * (positive / n)
+        whole = np.where(among, 0.0, total[place] - total[lowest - 1][:, None]).sum(1) + lowest * (positive / n)
+    return hit / positive, (n - positive - whole + hit) / (n - positive)
+
+
+def _with_ties(key: np.ndarray, tied: np.ndarray, positive: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same where any scores may be equal: a group of ties counts at its lowest place."""
+    n = key.shape[1]
+    label = (key & 1).astype(np.float64)
+    precision = (positive - np.cumsum(label, 1) + label) / np.arange(n, 0, -1)
+    start = np.zeros(key.shape, np.int32)
+    start[:, 1:] = np.where(tied, 0, np.arange(1, n, dtype=np.int32))
+    precision = np.take_along_axis(precision, np.maximum.accumulate(start, 1), 1)
     hit = np.einsum("ij,ij->i", precision, label)
     return hit / positive, (n - positive - precision.sum(1) + hit) / (n - positive)
-
-
-def _settle_ties(precision: np.ndarray, tied: np.ndarray) -> None:
-    """Give each group of ties (f, n) the precision of its lowest row, in place."""
-    n = precision.shape[1]
-    lowest = np.where(tied.all(1), n, tied.argmin(1) + 1)  # ties with the lowest score: zeros after a ReLU
-    if int(tied.sum()) == int((lowest - 1).sum()):  # there are no others
-        for row, size in zip(precision, lowest.tolist(), strict=True):
-            row[:size] = row[0]
-        return
-    start = np.zeros(precision.shape, np.int32)
-    start[:, 1:] = np.where(tied, 0, np.arange(1, n, dtype=np.int32))
-    np.maximum.accumulate(start, 1, out=start)
-    precision[:] = np.take_along_axis(precision, start, 1)
 
 
 def _keys(x: np.ndarray) -> np.ndarray:
