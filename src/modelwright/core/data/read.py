@@ -338,11 +338,17 @@ def _pieces(file: Path) -> Iterator[Text]:
 
 
 def _cut(text: str) -> int:
+    """Where a piece may end: the last such place before `_PIECE`, else the first after it; 0 where there is none yet."""
     at = text.rfind("\n", 0, _PIECE)
     while at > 0:
-        if not text[at - 1].isspace() and not text[at + 1 : at + 2].isspace():
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
             return at + 1
         at = text.rfind("\n", 0, at)
+    at = text.find("\n", _PIECE)
+    while 0 < at < len(text) - 1:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at + 1
+        at = text.find("\n", at + 1)
     return 0
 
 
