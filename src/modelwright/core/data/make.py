@@ -235,6 +235,8 @@ def make_rows(
     facts = json.loads((folder / "facts.json").read_text())
     in_vocabulary(facts["low"], facts["high"], vocab)
     width = context - 2 if kind == "masked" else context  # room for the tokens around a text
+    if width < 2:
+        raise UserError(f"a context of {context} holds no text", "two tokens stand around it", "raise train.context")
     rows = _running_rows(folder, facts, width) if facts["running"] else _document_rows(folder, facts, width, packing, bins, seed)
     rows.stops = facts["stops"]
     return rows
