@@ -189,7 +189,10 @@ class MixedRows(TokenRows):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         part, row = (int(v) for v in self.index[i])
-        return self.parts[part][row] | {"example_id": i}
+        found = self.parts[part][row] | {"example_id": i}
+        if self.packed and "segments" not in found:  # one text fills the row
+            found["segments"] = torch.zeros(len(found["input_ids"]), dtype=torch.int32)
+        return found
 
     @property
     def width(self) -> int:  # type: ignore[override]
