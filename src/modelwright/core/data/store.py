@@ -21,6 +21,7 @@ from modelwright.core.data.rows import IGNORE, TokenRows
 from modelwright.core.files import disk_errors
 
 _BUFFER = 1 << 20  # tokens held before they are written
+_ENDLESS = "answers without an end token"  # a fact that warns, of one source or of all
 
 
 def cache_folder() -> Path:
@@ -222,4 +223,5 @@ def mixed(parts: list[TokenRows], weights: list[float], seed: int) -> MixedRows:
         pieces.append(np.stack([np.full(len(rows), k), rows], 1))
     index = rng.permutation(np.concatenate(pieces))
     facts = {"sources": {f"{k}": {"rows": len(p), "drawn": int(n), **p.facts} for k, (p, n) in enumerate(zip(parts, wanted, strict=True))}}
+    facts |= {_ENDLESS: n for n in [sum(p.facts.get(_ENDLESS, 0) for p in parts)] if n}
     return MixedRows(parts, index, facts, list(dict.fromkeys(s for p in parts for s in p.stops)))
