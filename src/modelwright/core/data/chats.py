@@ -132,10 +132,12 @@ class Renderer:
         if not text.startswith(parts[0]):
             raise RefusedChat("the assistant's words cannot be told apart: the template changes its own text with them")
         at, spans = len(parts[0]), []
-        for i, (message, thought) in enumerate(zip([chat.messages[k] for k in answers], thoughts, strict=True)):
+        for i, (k, thought) in enumerate(zip(answers, thoughts, strict=True)):
+            message = chat.messages[k]
             end = self._end(text, at, message["content"][len(thought) :], parts[i + 1], last=i + 1 == len(answers))
             room = 200 + len(thought) + len(str(message.get("reasoning_content") or ""))
-            spans.append((at - len(self._tail(parts[i], room)), end))
+            calls = self._calls(chat, k, parts[i + 1]) if message.get("tool_calls") else 0
+            spans.append((at - len(self._tail(parts[i], room)), end + calls))
             at = end + len(parts[i + 1])
         return spans
 
@@ -145,6 +147,15 @@ class Renderer:
             return self.opening if part.endswith(self.opening) else ""
         _, prompt, tail = part.rpartition(self.prompt)
         return tail if prompt and _MARK not in tail and len(tail) <= room else ""
+
+    def _calls(self, chat: Chat, k: int, after: str) -> int:
+        """How many characters after the content of message `k` are its tool calls: up to the special token that ends the turn."""
+        try:
+            turn = self._parts(Chat(chat.messages[: k + 1], chat.tools), [k], [""])[-1].rstrip()
+        except RefusedChat:
+            return 0
+        end = max((t for t in map(str, self.tokenizer.all_special_tokens) if turn.endswith(t)), key=len, default="")
+        return len(turn) - len(end) if after.startswith(turn) else 0
 
     @staticmethod
     def _end(text: str, at: int, content: str, after: str, last: bool) -> int:
