@@ -1,5 +1,6 @@
 """Chats as ten families of models write them: what is trained is what the template renders, and only the assistant's words are learnt."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -191,6 +192,34 @@ def test_long_thoughts_are_learnt_whole(own: bool, length: int) -> None:
     assert learnt_text(tokenizer, ids, mask) == "<think>" + "two" * length + "</think>five<|im_end|>"
 
 
+# ---- tool calls ----------------------------------------------------------------------------------------------------------
+CALLS = (
+    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|im_start|>user\n<tool_response>' + m['content'] + '</tool_response>' }}"
+    "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] }}{% for c in m['tool_calls'] or [] %}"
+    "{{ '\n<tool_call>' }}{{ c['function'] | tojson }}{{ '</tool_call>' }}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("words", ["", "the sum:"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tool_calls_are_learnt_and_what_the_tool_says_is_not(kind: str, words: str) -> None:
+    tokenizer = copy.deepcopy(tokenizer_of(kind, "chatml"))
+    tokenizer.chat_template = CALLS
+    call = {"type": "function", "function": {"name": "sum", "arguments": {"a": 2}}}
+    chat: list[dict[str, Any]] = [
+        {"role": "user", "content": "two?"},
+        {"role": "assistant", "content": words, "tool_calls": [call, call]},
+        {"role": "tool", "content": "three"},
+        {"role": "assistant", "content": "five"},
+    ]
+    ids, mask = render_chat(tokenizer, chat)
+    shown = '<tool_call>{"name": "sum", "arguments": {"a": 2}}</tool_call>'
+    assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
+    assert learnt_text(tokenizer, ids, mask) == bare(words + shown + shown + "<|im_end|>five<|im_end|>")
+    assert require_all_after_the_prompt(tokenizer, chat[:2], "<|im_end|>", one=True)
+
+
 # ---- what a template refuses ---------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("family", "chat", "match"),
@@ -260,8 +289,6 @@ def test_words_that_look_like_control_tokens_are_counted() -> None:
 
 # ---- where a template comes from -----------------------------------------------------------------------------------------
 def test_a_template_is_given_by_name_or_by_file(tmp_path: Any) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tokenizer_of("byte level", "chatml"))
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
