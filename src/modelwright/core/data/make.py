@@ -29,7 +29,7 @@ from modelwright.core.files import disk_errors, fingerprint_path
 from modelwright.core.knobs import Data
 
 Kind = Literal["causal", "masked", "pairs"]  # decoder, masked language model, encoder-decoder
-_VERSION = 1  # of the stores: raise it when the same input gives other rows
+_VERSION = 2  # of the stores: raise it when the same input gives other rows
 _CHARACTERS, _DOCUMENTS = 1 << 20, 1000  # of a batch
 _BINS = 32  # that are packed together, at least
 _UNUSED_DAYS = 30

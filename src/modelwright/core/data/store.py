@@ -223,5 +223,5 @@ def mixed(parts: list[TokenRows], weights: list[float], seed: int) -> MixedRows:
         pieces.append(np.stack([np.full(len(rows), k), rows], 1))
     index = rng.permutation(np.concatenate(pieces))
     facts = {"sources": {f"{k}": {"rows": len(p), "drawn": int(n), **p.facts} for k, (p, n) in enumerate(zip(parts, wanted, strict=True))}}
-    facts |= {_ENDLESS: n for n in [sum(p.facts.get(_ENDLESS, 0) for p in parts)] if n}
+    facts |= {_ENDLESS: sum(p.facts.get(_ENDLESS, 0) for p in parts)}
     return MixedRows(parts, index, facts, list(dict.fromkeys(s for p in parts for s in p.stops)))
