@@ -22,6 +22,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
 _MARK = "\u2402"  # a character that stands in no chat
+_THOUGHT = "</think>"  # ends the thoughts that many templates show or strip
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ class Renderer:
             return ""
         return asked.removeprefix(plain) if asked.startswith(plain) else ""
 
+    @cached_property
+    def opening(self) -> str:
+        """White space that an answer begins with, where the template puts nothing before it."""
+        one = [{"role": "user", "content": "x"}]
+        try:
+            asked = self._apply(one, None, add_generation_prompt=True)
+            shown = self._apply([*one, {"role": "assistant", "content": _MARK}], None).partition(_MARK)[0]
+        except RefusedChat:
+            return ""
+        return shown[len(asked) :] if shown.startswith(asked) and shown[len(asked) :].isspace() else ""
+
     def render(self, chat: Chat) -> Rendered:
         """The chat as text, and the assistant's spans. Raises RefusedChat."""
         if not chat.messages:
@@ -73,8 +85,14 @@ class Renderer:
         answers = [i for i, m in enumerate(chat.messages) if m["role"] == "assistant" and i]
         if not answers:
             return Rendered(text, [])
-        parts = self._parts(chat, answers)
-        return Rendered(text, self._spans(text, parts, [chat.messages[i]["content"] for i in answers]))
+        try:
+            return Rendered(text, self._spans(text, chat, answers, [""] * len(answers)))
+        except RefusedChat:  # a template may show the thoughts in a way of its own: then they are left in, and are its text
+            contents = [chat.messages[i]["content"] for i in answers]
+            thoughts = ["".join(c.rpartition(_THOUGHT)[:2]) for c in contents]
+            if not any(thoughts):
+                raise
+            return Rendered(text, self._spans(text, chat, answers, thoughts))
 
     def _apply(self, messages: list[dict[str, Any]], tools: Any, **options: Any) -> str:
         try:
@@ -96,10 +114,11 @@ class Renderer:
             raise RefusedChat(f"the chat template refuses it: {short(error)}") from None
         return Rendered(texts[0], [tuple(s) for s in spans[0]])
 
-    def _parts(self, chat: Chat, answers: list[int]) -> list[str]:
+    def _parts(self, chat: Chat, answers: list[int], thoughts: list[str]) -> list[str]:
         """The template's own text before, between and after the assistant's contents."""
         names = {i: f"{_MARK}{k}{_MARK}" for k, i in enumerate(answers)}
-        other = [m | {"content": names[i]} if i in names else m for i, m in enumerate(chat.messages)]
+        kept = dict(zip(answers, thoughts, strict=True))
+        other = [m | {"content": kept[i] + names[i]} if i in names else m for i, m in enumerate(chat.messages)]
         text, found = self._apply(other, chat.tools), []
         for i in answers:
             before, mark, text = text.partition(names[i])
@@ -108,19 +127,35 @@ class Renderer:
             found.append(before)
         return [*found, text]
 
-    def _spans(self, text: str, parts: list[str], contents: list[str]) -> list[tuple[int, int]]:
+    def _spans(self, text: str, chat: Chat, answers: list[int], thoughts: list[str]) -> list[tuple[int, int]]:
+        parts = self._parts(chat, answers, thoughts)
         if not text.startswith(parts[0]):
             raise RefusedChat("the assistant's words cannot be told apart: the template changes its own text with them")
         at, spans = len(parts[0]), []
-        for i, content in enumerate(contents):
-            end = self._end(text, at, content, parts[i + 1], last=i + 1 == len(contents))
-            begin = at
-            tail = parts[i][parts[i].rfind(self.prompt) + len(self.prompt) :] if self.prompt and self.prompt in parts[i] else ""
-            if _MARK in tail or len(tail) > 200:
-                tail = ""
-            spans.append((begin - len(tail), end))
+        for i, (k, thought) in enumerate(zip(answers, thoughts, strict=True)):
+            message = chat.messages[k]
+            end = self._end(text, at, message["content"][len(thought) :], parts[i + 1], last=i + 1 == len(answers))
+            room = 200 + len(thought) + len(str(message.get("reasoning_content") or ""))
+            calls = self._calls(chat, k, parts[i + 1]) if message.get("tool_calls") else 0
+            spans.append((at - len(self._tail(parts[i], room)), end + calls))
             at = end + len(parts[i + 1])
         return spans
+
+    def _tail(self, part: str, room: int) -> str:
+        """What stands between the prompt of an answer and its content: the model must say it, so it is learnt."""
+        if not self.prompt:
+            return self.opening if part.endswith(self.opening) else ""
+        _, prompt, tail = part.rpartition(self.prompt)
+        return tail if prompt and _MARK not in tail and len(tail) <= room else ""
+
+    def _calls(self, chat: Chat, k: int, after: str) -> int:
+        """How many characters after the content of message `k` are its tool calls: up to the special token that ends the turn."""
+        try:
+            turn = self._parts(Chat(chat.messages[: k + 1], chat.tools), [k], [""])[-1].rstrip()
+        except RefusedChat:
+            return 0
+        end = max((t for t in map(str, self.tokenizer.all_special_tokens) if turn.endswith(t)), key=len, default="")
+        return len(turn) - len(end) if after.startswith(turn) else 0
 
     @staticmethod
     def _end(text: str, at: int, content: str, after: str, last: bool) -> int:

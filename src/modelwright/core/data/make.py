@@ -29,7 +29,7 @@ from modelwright.core.files import disk_errors, fingerprint_path
 from modelwright.core.knobs import Data
 
 Kind = Literal["causal", "masked", "pairs"]  # decoder, masked language model, encoder-decoder
-_VERSION = 1  # of the stores: raise it when the same input gives other rows
+_VERSION = 2  # of the stores: raise it when the same input gives other rows
 _CHARACTERS, _DOCUMENTS = 1 << 20, 1000  # of a batch
 _BINS = 32  # that are packed together, at least
 _UNUSED_DAYS = 30
@@ -235,6 +235,8 @@ def make_rows(
     facts = json.loads((folder / "facts.json").read_text())
     in_vocabulary(facts["low"], facts["high"], vocab)
     width = context - 2 if kind == "masked" else context  # room for the tokens around a text
+    if width < 2:
+        raise UserError(f"a context of {context} holds no text", "two tokens stand around it", "raise train.context")
     rows = _running_rows(folder, facts, width) if facts["running"] else _document_rows(folder, facts, width, packing, bins, seed)
     rows.stops = facts["stops"]
     return rows

@@ -5,6 +5,7 @@ its number, or left out and counted with `refused: drop`.
 """
 
 import codecs
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.data.tables import Table, is_number, records, table
-from modelwright.core.errors import UserError, did_you_mean, short
+from modelwright.core.errors import UserError, did_you_mean, short, shown
 from modelwright.core.knobs import Data
 
 _TEXT = {".txt", ".md", ".py", ".rst", ".tex", ".html"}
@@ -106,7 +107,17 @@ class Source:
             return
         kind = None
         for number, row in enumerate(self._rows, 1):
-            document = self._document(number, row)
+            try:
+                document = self._document(row)
+            except _WrongColumn as error:
+                if kind is None and self.data.refused == "stop":
+                    what = f"column '{self._columns[0]}' of {self._path} {str(error).removeprefix('it ').split(', and ')[0]}"
+                    raise UserError(what, "text, messages or token ids are needed", "choose another column") from None
+                self.refuse(number, str(error))
+                continue
+            except ValueError as error:
+                self.refuse(number, str(error))
+                continue
             if document is None:
                 self._count("rows without text")
                 continue
@@ -125,38 +136,37 @@ class Source:
     def _count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
 
-    def _document(self, number: int, row: dict[str, Any]) -> Document | None:
+    def _document(self, row: dict[str, Any]) -> Document | None:
+        """A row as a document, None where it holds nothing. Raises ValueError for a row that cannot be used."""
         values = [row.get(c) for c in self._columns]
         if self.format == "alpaca":
             asked, more, told = (v if isinstance(v, str) else "" for v in values)
             return Pair(f"{asked}\n\n{more}" if more else asked, told) if asked and told else None
         if self.format == "prompt and completion":
-            prompt, completion = values
-            if isinstance(completion, list):
-                return Chat([*_messages(prompt or [], number), *_messages(completion, number)])
-            return Pair(str(prompt or ""), completion) if isinstance(completion, str) and completion else None
+            return _pair(values[0] or "", values[1] or "")
         if self.format == "chosen and rejected":
             prompt, chosen, rejected = values
             return Preference(prompt, chosen, rejected) if chosen and rejected else None
-        return self._single(values[0], number, row.get("tools"))
-
-    def _single(self, value: Any, number: int, tools: Any) -> Document | None:
-        if value is None or (isinstance(value, (str, list)) and not value):
+        value = values[0]
+        if value is None or (isinstance(value, (str, list, dict)) and not value):
             return None
-        if isinstance(value, str):
-            return Text(value)
-        if isinstance(value, list) and all(type(v) is int for v in value):
-            return Ids(value)
-        if isinstance(value, list) and all(isinstance(v, dict) for v in value):
-            try:
-                return Chat(_messages(value, number), tools if isinstance(tools, list) else None)
-            except ValueError as error:
-                self.refuse(number, str(error))
-                return None
-        kind = f"lists of {type(value[0]).__name__} values" if isinstance(value, list) else f"{type(value).__name__} values"
-        raise UserError(
-            f"column '{self._columns[0]}' of {self._path} holds {kind}", "text, messages or token ids are needed", "choose another column"
-        )
+        return document_of(value, row.get("tools"))
+
+
+def _pair(prompt: Any, completion: Any) -> Document | None:
+    if not completion:
+        return None
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(value, (str, list)):
+            raise ValueError(f"its {name} is neither text nor messages")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Pair(prompt, completion)
+    answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    return Chat([*_messages(prompt or []), *_messages(answer)])
+
+
+class _WrongColumn(ValueError):
+    """A value of a kind that no row may have."""
 
 
 _NAMES = {Text: "text", Chat: "messages", Pair: "a prompt and a completion", Preference: "two answers", Ids: "token ids"}
@@ -187,12 +197,14 @@ def recognise(rows: list[dict[str, Any]], data: Data) -> tuple[str, tuple[str, .
     raise UserError(f"{data.path} has several columns", f"they are {', '.join(names)}", "say which one: data: {path: ..., column: NAME}")
 
 
-def _messages(value: Any, number: int) -> list[dict[str, Any]]:
+def _messages(value: Any) -> list[dict[str, Any]]:
     """Messages with role and content: ShareGPT's from and value are renamed, content given in parts is joined where all is text."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     found = []
     for i, m in enumerate(value):
+        if not isinstance(m, dict):
+            raise ValueError(f"message {i} is no message but {shown(m)}")
         role = m.get("role", m.get("from"))
         content = m.get("content", m.get("value"))
         if not isinstance(role, str):
@@ -210,17 +222,28 @@ def _messages(value: Any, number: int) -> list[dict[str, Any]]:
     return found
 
 
-def document_of(value: Any) -> Document:
-    """A string, a list of token ids or of messages as a document. Raises ValueError for messages without role or content."""
+def document_of(value: Any, tools: Any = None) -> Document:
+    """A string, a list of token ids or of messages as a document. Raises ValueError for what is none of these, or no whole message."""
     if isinstance(value, str):
         return Text(value)
     if isinstance(value, list) and all(type(v) is int for v in value):
         return Ids(value)
     if isinstance(value, list) and all(isinstance(v, dict) for v in value):
-        return Chat(_messages(value, 0))
+        return Chat(_messages(value), _tools(tools))
     if isinstance(value, (Text, Chat, Pair, Preference, Ids)):
         return value
-    raise ValueError(f"it holds {type(value).__name__} values, and text, messages or token ids are needed")
+    kind = f"lists of {type(value[0]).__name__} values" if isinstance(value, list) else f"{type(value).__name__} values"
+    raise _WrongColumn(f"it holds {kind}, and text, messages or token ids are needed")
+
+
+def _tools(value: Any) -> list[Any] | None:
+    """Tools as a list; tables often hold them as JSON text."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise ValueError("its tools are text that is no JSON") from None
+    return value if isinstance(value, list) and value else None
 
 
 def read(data: Data) -> list[Any]:
@@ -315,11 +338,17 @@ def _pieces(file: Path) -> Iterator[Text]:
 
 
 def _cut(text: str) -> int:
+    """Where a piece may end: the last such place before `_PIECE`, else the first after it; 0 where there is none yet."""
     at = text.rfind("\n", 0, _PIECE)
     while at > 0:
-        if not text[at - 1].isspace() and not text[at + 1 : at + 2].isspace():
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
             return at + 1
         at = text.rfind("\n", 0, at)
+    at = text.find("\n", _PIECE)
+    while 0 < at < len(text) - 1:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at + 1
+        at = text.find("\n", at + 1)
     return 0
 
 
@@ -330,20 +359,23 @@ def _decoded(file: Path) -> Iterator[str]:
         f.seek(0)
         kind = "utf-16" if head in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         decoder = codecs.getincrementaldecoder(kind)()
-        at = 0
+        at, held = 0, ""
         while block := f.read(_PIECE):
             try:
-                text = decoder.decode(block)
+                text = held + decoder.decode(block)
             except UnicodeDecodeError as error:
                 raise _not_text(file, at + error.start) from None
             if "\0" in text:
                 raise UserError(f"{file} is not text", "it holds zero bytes", "give a text file")
             at += len(block)
-            yield text.replace("\r\n", "\n")
+            held = "\r" if text.endswith("\r") else ""  # its line end may begin the next block
+            yield text.removesuffix(held).replace("\r\n", "\n")
         try:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:
             raise _not_text(file, at) from None
+        if held:
+            yield held
 
 
 def _not_text(file: Path, at: int) -> UserError:

@@ -21,6 +21,7 @@ from modelwright.core.data.rows import IGNORE, TokenRows
 from modelwright.core.files import disk_errors
 
 _BUFFER = 1 << 20  # tokens held before they are written
+_ENDLESS = "answers without an end token"  # a fact that warns, of one source or of all
 
 
 def cache_folder() -> Path:
@@ -189,7 +190,10 @@ class MixedRows(TokenRows):
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         part, row = (int(v) for v in self.index[i])
-        return self.parts[part][row] | {"example_id": i}
+        found = self.parts[part][row] | {"example_id": i}
+        if self.packed and "segments" not in found:  # one text fills the row
+            found["segments"] = torch.zeros(len(found["input_ids"]), dtype=torch.int32)
+        return found
 
     @property
     def width(self) -> int:  # type: ignore[override]
@@ -219,4 +223,5 @@ def mixed(parts: list[TokenRows], weights: list[float], seed: int) -> MixedRows:
         pieces.append(np.stack([np.full(len(rows), k), rows], 1))
     index = rng.permutation(np.concatenate(pieces))
     facts = {"sources": {f"{k}": {"rows": len(p), "drawn": int(n), **p.facts} for k, (p, n) in enumerate(zip(parts, wanted, strict=True))}}
+    facts |= {_ENDLESS: sum(p.facts.get(_ENDLESS, 0) for p in parts)}
     return MixedRows(parts, index, facts, list(dict.fromkeys(s for p in parts for s in p.stops)))
