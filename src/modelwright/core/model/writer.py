@@ -208,8 +208,26 @@ def set_stops(model: Any, tokenizer: Any, stops: list[int]) -> dict[str, Any]:
     said = [str(s) for s in stops]
     if tokenizer is not None:
         said = [str(w) for w in tokenizer.convert_ids_to_tokens(stops)]
-        tokenizer.eos_token = said[0]
+        if not _template_depends_on_eos(tokenizer, said[0]):
+            tokenizer.eos_token = said[0]
     return {"generation stops at": ", ".join(said)}
+
+
+def _template_depends_on_eos(tokenizer: Any, eos: str) -> bool:
+    """Whether the chat template would render other text if the tokenizer's end token were `eos`."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template or "eos_token" not in str(template) or tokenizer.eos_token == eos:
+        return False
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    before = tokenizer.eos_token
+    try:
+        told = tokenizer.apply_chat_template(chat, tokenize=False)
+        tokenizer.eos_token = eos
+        return tokenizer.apply_chat_template(chat, tokenize=False) != told
+    except Exception:  # a template is a program: what cannot be compared stays as it was
+        return True
+    finally:
+        tokenizer.eos_token = before
 
 
 def as_stored(model: Any, source: Checkpoint, dtype: str) -> float | None:

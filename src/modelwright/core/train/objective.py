@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelwright.core.data.make import Kind, make_rows
+from modelwright.core.data.encode import Kind
+from modelwright.core.data.make import make_rows
 from modelwright.core.data.rows import IGNORE, TokenRows, collate
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
