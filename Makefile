@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint bench proofs clean
+.PHONY: demo test lint interop bench proofs clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m venv .venv
@@ -20,6 +20,10 @@ test: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Every result in other engines: makes an environment for each (MODELWRIGHT_INTEROP, or .interop), writes docs/interop.md
+interop: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/interop/run.py
 
 bench: .venv/ready
 	for f in bench/*.py; do echo "== $$f"; OMP_NUM_THREADS=1 $(BIN)/python $$f || exit 1; done

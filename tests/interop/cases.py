@@ -96,7 +96,7 @@ class Case:
 
     method: str
     source: str
-    knobs: dict[str, Any] = field(default_factory=dict)
+    knobs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:

@@ -70,8 +70,14 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
     if knobs.router in ("prompts", "text", "ridge"):
         rows = from_data(knobs.router, source.model(torch.float32), source.tokenizer(), knobs)
 
+    dtypes = _dtypes(source, anatomy, target, knobs.experts)
+    zero_biases = {n: shape for n, shape in target.biases().items() if n not in dtypes}
+    dtypes |= {n: dtypes[n.replace(".bias", ".weight")] for n in zero_biases}
+
     def stream() -> Iterator[Any]:
         yield from _dense(sources, anatomy)
+        for name, shape in zero_biases.items():
+            yield name, torch.zeros(shape, dtype=dtypes[name])
         for b in anatomy.blocks:
             dtype = source.dtype(anatomy.ffn(b).down.name)
             ffns = [_matrices(s, anatomy.ffn(b), dtype) for s in sources]
@@ -105,7 +111,7 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
         and source.config["model_type"] == "phi3"
     ):
         facts["note"] = "logits are equal at every length, but Phi-3 drops its cache where longrope switches, and Mixtral keeps it"
-    blueprint = Blueprint(_config(target), _dtypes(source, anatomy, target, knobs.experts), stream, source, facts)
+    blueprint = Blueprint(_config(target), dtypes, stream, source, facts)
     return blueprint, "same function" if same else "changed function"
 
 
