@@ -55,7 +55,7 @@ def one(out):
     ids = list(first.token_ids)
     return {
         "ids": ids,
-        "logprobs": [place[i].logprob for i, place in zip(ids, first.logprobs)],
+        "logprobs": [place[i].logprob for i, place in zip(ids, first.logprobs, strict=True)],
         "text": first.text,
         "ended": first.finish_reason,
         "begin": len(out.prompt_token_ids),

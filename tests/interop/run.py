@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,10 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
-
 from cases import Case, cases, make, source  # noqa: E402
 from environments import HOME, NAMES, Absent, python_of  # noqa: E402
 from known import KNOWN  # noqa: E402
+
 from modelwright.core.model.lineage import fingerprint  # noqa: E402
 
 WORK = HOME / "work"
@@ -40,7 +40,7 @@ REQUEST: dict[str, Any] = {
     "prompts": [
         "import os is a module that",
         "The quick brown fox jumps over the lazy dog and then, in the end, it sees",
-        "def read(self, size=-1):\n    while True:\n        if size < 0 and self.closed:\n            raise ValueError('the file is closed')",
+        "def read(self, size=-1):\n    if size < 0 and self.closed:\n        raise ValueError('the file is closed')",
         "Numbers such as 1, 2 and 31 are written in words when",
         "A function without a return statement gives None. " * 6,
     ],
@@ -228,18 +228,19 @@ def page(day: str, names: dict[str, str], rows: list[dict[str, Any]]) -> str:
     head = [names[e] for e in PEFT]
     lines = ["# Results in other engines", "", f"Made by `make interop` on {day}; reference: {names['reference']}. Do not edit.", ""]
     lines += [(__doc__ or "").split("\n\n")[2].replace("\n", " "), ""]
-    seen: dict[tuple[str, str], list[str]] = {}
+    seen: dict[str, list[str]] = {}
     for r in rows:
         if r["verdict"] != "equal":
-            seen.setdefault((r["verdict"], f"{names.get(r['engine'], 'making it')}: {r['why']}"), []).append(f"{r['method']} from {r['source']}")
+            engine = names.get(r["engine"], "making it")
+            seen.setdefault(f"**{r['verdict']}** {engine}: {r['why']}", []).append(f"{r['method']} from {r['source']}")
     lines += ["## What is not equal", ""]
-    lines += [f"- **{verdict}** {why} ({len(which)}: {'; '.join(which[:4])}{' ...' if len(which) > 4 else ''})" for (verdict, why), which in seen.items()]
+    lines += [f"- {what} ({len(which)}: {'; '.join(which[:4])}{' ...' if len(which) > 4 else ''})" for what, which in seen.items()]
     lines += ["Nothing."] if not seen else []
     lines += ["", "## Every case", "", "The number is the largest difference of a log-probability.", ""]
     lines += [f"| method | source | loads as | {' | '.join(head)} |", "|---|---|---|" + "---|" * len(head)]
-    for (method, source), by in cells.items():
+    for (method, origin), by in cells.items():
         cls = next((r["class"] for r in by.values() if r.get("class")), "")
-        lines.append(f"| {method} | {source} | {cls} | " + " | ".join(_cell(e, by.get(e) or by.get("")) for e in PEFT) + " |")
+        lines.append(f"| {method} | {origin} | {cls} | " + " | ".join(_cell(e, by.get(e) or by.get("")) for e in PEFT) + " |")
     return "\n".join(lines) + "\n"
 
 

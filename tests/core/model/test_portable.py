@@ -49,7 +49,11 @@ OLD: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
             "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
         },
     ),
-    ("gemma3", {"rope_parameters": GEMMA3}, {"rope_theta": 1e6, "rope_local_base_freq": 5e3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+    (
+        "gemma3",
+        {"rope_parameters": GEMMA3},
+        {"rope_theta": 1e6, "rope_local_base_freq": 5e3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
     ("gpt2", {}, {}),
 ]
 
@@ -105,4 +109,7 @@ def test_a_tokenizer_keeps_its_tokens_under_names_that_both_read(tmp_path: Path)
 
 
 def test_a_slow_or_named_tokenizer_class_is_left_alone() -> None:
-    assert portable_tokenizer({"tokenizer_class": "GPT2Tokenizer", "pad_token": "x"}) == {"tokenizer_class": "GPT2Tokenizer", "pad_token": "x"}
+    assert portable_tokenizer({"tokenizer_class": "GPT2Tokenizer", "pad_token": "x"}) == {
+        "tokenizer_class": "GPT2Tokenizer",
+        "pad_token": "x",
+    }

@@ -1,4 +1,4 @@
-"""Saved settings that older engines read as well.
+"""Saved settings that older engines read as well, and what the hub reads in a model card.
 
 transformers 5 keeps some settings under new names. A reader that knows only the old names finds nothing there, says nothing and
 uses its own default. Found by comparing every text model of transformers 5.23 with 4.57:
@@ -12,8 +12,14 @@ Both spellings are written and mean the same. What transformers 5 reads back is 
 """
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+from modelwright.core.errors import UserError
 
 _NOT_SCALING = ("rope_theta", "partial_rotary_factor", "type")
 
@@ -69,3 +75,62 @@ def portable_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     for name in ("is_local", "local_files_only"):  # how it was read, which is no setting of it
         found.pop(name, None)
     return found
+
+
+# ---- the model card --------------------------------------------------------------------------------------------------
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_FILE = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet")
+_LICENCE = ("license", "license_name", "license_link")
+
+
+def card_metadata(base: str | None, base_folder: Path | None, steps: list[dict[str, Any]], loads_in: str) -> dict[str, Any]:
+    """What the hub reads at the head of README.md: base_model, datasets, license and language of the base, tags, library_name.
+
+    Only hub ids are named: a path of this machine means nothing there. A base that is a folder hands on the base_model and the
+    datasets of its own card. `steps` are entries with `step` and `knobs`; `loads_in` is the class.
+    """
+    card = _front_matter(base_folder / "README.md") if base_folder else {}
+    others = [o for s in steps for o in s["knobs"].get("others") or []]
+    bases = [b for b in (base, *others) if _on_hub(b)] or _list(card.get("base_model"))
+    datasets = _list(card.get("datasets")) + [d for s in steps for d in _paths(s["knobs"].get("data")) if _on_hub(d)]
+    ours = loads_in.startswith(("RMoE", "HyperMoE", "LoraMoe"))
+    found: dict[str, Any] = {
+        "library_name": "modelwright" if ours else "transformers",  # what must be imported before the class loads
+        "tags": ["modelwright", *dict.fromkeys(s["step"] for s in steps)] + (["merge"] if others else []),
+    }
+    if loads_in.endswith(("ForCausalLM", "LMHeadModel")):
+        found["pipeline_tag"] = "text-generation"
+    if bases:
+        found["base_model"] = bases[0] if len(bases) == 1 else bases
+        found["base_model_relation"] = "merge" if others else "finetune"
+    if datasets:
+        found["datasets"] = list(dict.fromkeys(datasets))
+    return found | {k: card[k] for k in (*_LICENCE, "language") if k in card}
+
+
+def _front_matter(file: Path) -> dict[str, Any]:
+    """The metadata block of a card; none where there is no card or no block."""
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    block = re.match(r"---\r?\n(.*?)\r?\n---\s", text, re.DOTALL)
+    try:
+        found = yaml.safe_load(block[1]) if block else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"the metadata of {file} is not valid YAML", str(error).splitlines()[0], "mend or remove the block") from None
+    return found if isinstance(found, dict) else {}
+
+
+def _list(value: Any) -> list[str]:
+    return [str(v) for v in (value if isinstance(value, list) else [value]) if v]
+
+
+def _paths(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key == "path" and isinstance(inner, str):
+                yield inner
+            else:
+                yield from _paths(inner)
+
+
+def _on_hub(name: Any) -> bool:
+    return isinstance(name, str) and bool(_HUB_ID.fullmatch(name)) and not name.endswith(_FILE) and not Path(name).exists()
