@@ -6,7 +6,9 @@ without a word here; ONLY_HERE adds settings of config.json that engines are kno
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from families import FAMILIES, model_of
 from matrix import ROWS
 from modelwright import registry
 from modelwright.core.model.checkpoint import SEEDLING, Checkpoint
+from modelwright.core.model.lineage import fingerprint
 from modelwright.core.model.writer import copy_companions
 
 PROBE = Path(modelwright.__file__).parent / "data" / "probe.txt"
@@ -72,13 +75,20 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in F
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5}},
     ),
 }
-TELLING = {  # knobs under which a router that is read wrongly shows: experts that differ, scores that differ
+CHAT = "seedling with a chat template"
+_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+_LEARN = {"tokens": 60000, "batch": 8, "context": 64, "lr": 3e-3, "save_every": 1000, "warmup": 0.0, "eval_every": 1000}
+TELLING: dict[str, dict[str, Any]] = {  # knobs under which a router that is read wrongly shows: experts that differ, scores that differ
     "reshape.upcycle": {"method": "drop", "router_std": 0.3},
     "reshape.hyper_moe": {"init": "paper"},
+    "tune.c_rlft": {"train": _LEARN},  # long enough that its chats end
 }
 _LLAMAS = tuple(s for s in SOURCES if s.startswith(("llama", "mistral")))
 ONLY_HERE: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "tune.full": [(s, {}) for s in SOURCES if s not in ("bert", "t5", "t5_v1_1")],
+    "tune.full": [*((s, {}) for s in SOURCES if s not in ("bert", "t5", "t5_v1_1")), (CHAT, {})],
     "reshape.upcycle": [
         *((s, {}) for s in (*_LLAMAS, *(s for s in SOURCES if s.startswith(("qwen2 ", "qwen3 ", "granite ", "phi3 longrope"))))),
         *((s, {}) for s in ("granite", "phi3")),
@@ -126,6 +136,9 @@ def source(name: str, work: Path) -> Path | str | None:
     if name in ("", "seedling"):
         return name or None
     folder = work / "sources" / name.replace(" ", "_").replace(",", "")
+    if name == CHAT and not folder.exists():
+        shutil.copytree(SEEDLING, folder)
+        (folder / "chat_template.jinja").write_text(_TEMPLATE)
     if not (folder / "config.json").exists():
         kind, changes = SOURCES[name]
         values = FAMILIES[kind][2]
@@ -139,15 +152,26 @@ def source(name: str, work: Path) -> Path | str | None:
 
 def make(case: Case, work: Path) -> Path:
     """Run the method; the folder of the result, made once."""
-    to = work / "results" / case.folder
+    to = results(work) / case.folder
     if (to / "modelwright.json").exists():
         return to
     base = source(case.source, work)
     knobs = {**ROWS[case.method].knobs, **TELLING.get(case.method, {}), **case.knobs}
-    knobs |= _data(ROWS[case.method].data, work)
+    knobs |= _data("chats" if case.source == CHAT else ROWS[case.method].data, work)
+    knobs |= {"train": _LEARN, "data": {"path": knobs["data"], "column": "messages"}} if case.source == CHAT else {}
     knobs = {k: str(base) if v == "BASE" else v for k, v in knobs.items()}
     modelwright.run(case.method, base=base, to=to, **knobs)
     return to
+
+
+@cache
+def results(work: Path) -> Path:
+    """Where results lie: a folder for this state of the source code; those of earlier states are removed."""
+    files = [*sorted(Path(modelwright.__file__).parent.rglob("*.py")), *sorted(Path(__file__).parents[1].glob("*.py")), Path(__file__)]
+    found = work / f"results-{fingerprint(*files)[-12:]}"
+    for old in set(work.glob("results-*")) - {found}:
+        shutil.rmtree(old)
+    return found
 
 
 def _data(kind: bool | str, work: Path) -> dict[str, str]:

@@ -8,6 +8,9 @@ uses its own default. Found by comparing every text model of transformers 5.23 w
 - num_experts of Qwen3-MoE, which is now num_local_experts. 4.57 made 128 experts.
 - tokenizer_class TokenizersBackend, which 4.57 does not know, and a list of extra_special_tokens, which it cannot read.
 
+- the end of a chat. A template may end a turn with a token that is not eos_token; engines stop where generation_config.json
+  says, so the text ran on to the limit.
+
 Both spellings are written and mean the same. What transformers 5 reads back is unchanged; tests hold both.
 """
 
@@ -28,9 +31,32 @@ def make_portable(folder: Path) -> None:
     """Rewrite config.json and tokenizer_config.json of a saved checkpoint with both spellings."""
     for name, both in (("config.json", portable_config), ("tokenizer_config.json", portable_tokenizer)):
         if (folder / name).is_file():
-            old = json.loads((folder / name).read_text(encoding="utf-8"))
+            old = _read(folder / name)
             if (new := both(old)) != old:
-                (folder / name).write_text(json.dumps(new, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+                _write(folder / name, new)
+    if (folder / "tokenizer_config.json").is_file() and (folder / "config.json").is_file():
+        from transformers import AutoTokenizer
+
+        file = folder / "generation_config.json"
+        config, old = _read(folder / "config.json"), _read(file) if file.is_file() else {}
+        ends = chat_ends(AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        known = _list(old.get("eos_token_id", config.get("eos_token_id")))
+        if new_ends := [i for i in ends if i not in known]:
+            _write(file, old | {"eos_token_id": known + new_ends})
+
+
+def chat_ends(tokenizer: Any) -> list[int]:
+    """The token that ends an assistant's turn in the tokenizer's chat template: the first special one after what was said."""
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(turns, return_dict=False)
+    except Exception:  # a template may refuse what it does not like, in any way it likes
+        return []
+    special = [i for i in whole[len(prompt) :] if i in tokenizer.all_special_ids]
+    return special[:1] if whole[: len(prompt)] == prompt else []
 
 
 def portable_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -119,8 +145,16 @@ def _front_matter(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _list(value: Any) -> list[str]:
-    return [str(v) for v in (value if isinstance(value, list) else [value]) if v]
+def _list(value: Any) -> list[Any]:
+    return [v for v in (value if isinstance(value, list) else [value]) if v is not None]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _paths(value: Any) -> Iterator[str]:
