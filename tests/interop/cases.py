@@ -37,8 +37,8 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 _THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-_LONG = {
-    "max_position_embeddings": 512,
+_LONG = {  # longer than anything asked: vLLM chooses the factors by the longest text it may see, transformers by the text at hand
+    "max_position_embeddings": 1024,
     "original_max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 16, "long_factor": [4.0] * 16},
 }

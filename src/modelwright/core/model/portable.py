@@ -80,6 +80,8 @@ def _rope(kind: str | None, rope: dict[str, Any]) -> dict[str, Any]:
         more |= {"rotary_emb_base": theta} | ({} if part is None else {"rotary_pct": part})
     else:
         more |= {"rope_theta": theta} | ({} if part is None else {"partial_rotary_factor": part})
+    if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in rope:
+        more["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return more | {"rope_scaling": _scaling(kind, rope)}
 
 
