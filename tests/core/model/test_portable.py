@@ -41,7 +41,11 @@ OLD: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen3_moe", {}, {"num_experts": 4, "num_local_experts": 4, "rope_theta": 1e4}),
     ("gpt_neox", plain(1e5, partial_rotary_factor=0.5), {"rotary_emb_base": 1e5, "rotary_pct": 0.5}),
     ("phi3", plain(1e4, partial_rotary_factor=0.5), {"partial_rotary_factor": 0.5, "rope_scaling": None}),
-    ("mixtral", {"rope_parameters": LONG | {"original_max_position_embeddings": 32}}, {"original_max_position_embeddings": 32}),
+    (
+        "mixtral",
+        {"head_dim": 8, "rope_parameters": LONG | {"original_max_position_embeddings": 32}},
+        {"original_max_position_embeddings": 32},
+    ),
     (
         "phi3",
         {"rope_parameters": LONG, "original_max_position_embeddings": 32},
