@@ -18,6 +18,7 @@ from matrix import ROWS
 from modelwright import registry
 from modelwright.core.model.checkpoint import SEEDLING, Checkpoint
 from modelwright.core.model.lineage import fingerprint
+from modelwright.core.model.portable import make_portable
 from modelwright.core.model.writer import copy_companions
 
 PROBE = Path(modelwright.__file__).parent / "data" / "probe.txt"
@@ -147,6 +148,7 @@ def source(name: str, work: Path) -> Path | str | None:
         model_of(kind, **{**sizes, **changes}).save_pretrained(folder)
         copy_companions(Checkpoint(SEEDLING), folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
+        make_portable(folder)  # as on the hub, where most settings stand in the old spelling
     return folder
 
 
