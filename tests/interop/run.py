@@ -27,7 +27,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch  # noqa: E402
-from cases import Case, cases, make, source  # noqa: E402
+from cases import PLUGIN, Case, cases, make, source  # noqa: E402
 from environments import HOME, NAMES, Absent, python_of  # noqa: E402
 from known import KNOWN  # noqa: E402
 
@@ -158,6 +158,7 @@ def _key(asked: Asked) -> str:
     """What an answer depends on: the files of the folder and of the adapter, the question, and how it is asked."""
     kinds, ours = (".json", ".safetensors", ".jinja"), ("modelwright.json", "report.json")
     files = [f for place in asked if place for f in sorted(place.iterdir()) if f.suffix in kinds and f.name not in ours]
+    files += [PLUGIN] if _is_ours(asked[0]) else []
     question = zlib.crc32(json.dumps(REQUEST).encode())
     return f"{fingerprint(*files, *sorted(HERE.glob('ask_*.py')))[-16:]}-{question:08x}"
 
