@@ -1,6 +1,6 @@
 """`make interop`: every result in every engine, asked there and compared with current transformers. Writes docs/interop.json and .md.
 
-    python tests/interop/run.py [--only WORD] [--engine vllm]      # part of it: prints, writes no docs
+    python tests/interop/run.py [--only PATTERN] [--engine vllm]      # part of it: prints, writes no docs
 
 An engine gives the same when its greedy text is equal over 40 tokens on every prompt and the log-probabilities of these tokens
 agree to 1e-3; a chat must also end at its end token. A prompt on which the best two tokens of the reference are nearer than 1e-3
@@ -13,6 +13,7 @@ import argparse
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -53,11 +54,11 @@ Asked = tuple[Path, Path | None]  # a folder, and the adapter on it
 
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--only", default="", help="only cases whose name holds this")
+    options.add_argument("--only", default="", help="only cases whose name this regular expression finds")
     options.add_argument("--engine", choices=ENGINES, help="only this engine")
     given = options.parse_args()
     torch.set_num_threads(1)
-    chosen = [c for c in cases() if given.only in c.name]
+    chosen = [c for c in cases() if re.search(given.only, c.name)]
     made: dict[Case, Asked] = {}
     rows: list[dict[str, Any]] = []
     for c in chosen:
