@@ -85,3 +85,14 @@ def test_the_package_names_the_entry_point() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert project["entry-points"]["vllm.general_plugins"] == {"modelwright": "modelwright.models.vllm:register"}
     assert callable(vllm.register)
+
+
+def test_the_head_keeps_the_places_that_transformers_would() -> None:
+    from transformers.modeling_utils import slice_logits_to_keep
+
+    from modelwright.models.causal import _kept
+
+    x = torch.randn(2, 5, 3)
+    mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]]).bool()
+    for keep in (0, 1, 3, torch.tensor([1, 4]), torch.tensor([[0, 2], [4, 4]]), mask):
+        assert torch.equal(_kept(x, keep).reshape(-1, 3), slice_logits_to_keep(x, keep).reshape(-1, 3))
