@@ -114,7 +114,7 @@ def ask(engine: str, python: Path, made: dict[Case, Asked]) -> dict[Case, dict[s
     kept.mkdir(parents=True, exist_ok=True)
     files = {c: kept / f"{c.folder}-{_key(asked)}.json" for c, asked in made.items()}
     for ours in (False, True):
-        todo = {c: asked for c, asked in made.items() if not files[c].exists() and _is_ours(asked[0]) == ours}
+        todo = {c: asked for c, asked in made.items() if not _answered(files[c]) and _is_ours(asked[0]) == ours}
         if ours and engine == "transformers-4":
             for c in todo:
                 files[c].write_text(json.dumps({"error": "our classes need transformers 5"}))
@@ -122,6 +122,10 @@ def ask(engine: str, python: Path, made: dict[Case, Asked]) -> dict[Case, dict[s
             for c, answer in _asked(engine, python, todo, ours):
                 files[c].write_text(json.dumps(answer))
     return {c: json.loads(f.read_text()) for c, f in files.items()}
+
+
+def _answered(file: Path) -> bool:
+    return file.exists() and "error" not in json.loads(file.read_text())  # what failed is asked again
 
 
 def _asked(engine: str, python: Path, todo: dict[Case, Asked], ours: bool) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -159,7 +163,7 @@ def _key(asked: Asked) -> str:
     """What an answer depends on: the files of the folder and of the adapter, the question, and how it is asked."""
     kinds, ours = (".json", ".safetensors", ".jinja"), ("modelwright.json", "report.json")
     files = [f for place in asked if place for f in sorted(place.iterdir()) if f.suffix in kinds and f.name not in ours]
-    files += [PLUGIN] if _is_ours(asked[0]) else []
+    files += sorted(PLUGIN.parent.glob("*.py")) if _is_ours(asked[0]) else []
     question = zlib.crc32(json.dumps(REQUEST).encode())
     return f"{fingerprint(*files, *sorted(HERE.glob('ask_*.py')))[-16:]}-{question:08x}"
 
