@@ -96,3 +96,20 @@ def test_the_head_keeps_the_places_that_transformers_would() -> None:
     mask = torch.tensor([[1, 0, 1, 0, 0], [0, 0, 0, 1, 1]]).bool()
     for keep in (0, 1, 3, torch.tensor([1, 4]), torch.tensor([[0, 2], [4, 4]]), mask):
         assert torch.equal(_kept(x, keep).reshape(-1, 3), slice_logits_to_keep(x, keep).reshape(-1, 3))
+
+
+def test_the_served_hypermoe_gives_the_hidden_states_and_leaves_no_linear_in_its_hypernetwork() -> None:
+    from modelwright.models.hyper_moe import HyperMoEConfig, HyperMoEModel
+
+    sizes = {"hyper_adapter": 4, "hyper_bottleneck": 8, "hyper_expert_embedding": 6, "hyper_process": 6, "hyper_code": 6}
+    stock = model_of("mixtral").config.to_dict()
+    config = HyperMoEConfig(**{k: v for k, v in stock.items() if k not in ("model_type", "architectures")}, **sizes)
+    torch.manual_seed(0)
+    whole = HyperMoEModel(config).eval()
+    for p in whole.hyper.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    served = vllm.ServedHyperMoE(config).eval()
+    served.load_state_dict(whole.state_dict(), strict=True)
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(served(ids).last_hidden_state, whole(ids).last_hidden_state)
+    assert not any(isinstance(m, torch.nn.Linear) for m in served.hyper.modules())

@@ -8,7 +8,8 @@ They run in vLLM's Transformers backend. Its rules (vLLM 0.32), and how our clas
 - AutoModel builds the model without its head, on the meta device. RMoE and HyperMoE have such a class; LoRAMoE gets one here.
 - Attention must go through transformers' attention interface: ours is the stock attention.
 - Every nn.Linear is exchanged for one of vLLM's, subclasses too, and what a subclass adds is dropped. LoRAMoE's layer is an
-  nn.Linear, so here it is a plain module with the same parameters.
+  nn.Linear, so here it is a plain module with the same parameters. The exchanged layer also packs its weight away on a CPU, so
+  a forward that reads `layer.weight`, as the hypernetwork's does, needs plain modules too.
 - A block with a child named `experts` has its experts exchanged for vLLM's. The whole block is exchanged where it looks like a
   stock one; ours have more children that hold parameters, so vLLM keeps their forward and runs the experts alone.
 - The forward is compiled in one piece unless enforce_eager is set. HyperMoE looks at which sets of experts occur, which
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from modelwright.models import lora_moe
+from modelwright.models.hyper_moe import HyperMoEConfig, HyperMoEModel
 from modelwright.moe.lora import LoraMoeLinear, wrap
 
 _BACKEND = "TransformersMoEForCausalLM"
@@ -40,6 +42,7 @@ def register() -> None:
 
     for name in _MIXTURES:
         ModelRegistry.register_model(name, f"{__name__}:{_BACKEND}")
+    AutoModel.register(HyperMoEConfig, ServedHyperMoE, exist_ok=True)
     for config_class, model_class in lora_moe.OF.values():
         AutoModel.register(config_class, backbone(config_class), exist_ok=True)
         ModelRegistry.register_model(model_class.__name__, f"{__name__}:TransformersForCausalLM")
@@ -92,17 +95,38 @@ class ServedLayer(nn.Module):
         return F.linear(x, self.weight, self.bias) + F.linear(h, self.lora_B)
 
 
+class PlainLinear(nn.Module):
+    """A linear layer that is no nn.Linear and so keeps its weight where it is."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class ServedHyperMoE(HyperMoEModel):
+    """HyperMoE without its head; the hypernetwork, whose forward reads its own weights, has layers that vLLM leaves alone."""
+
+    def __init__(self, config: HyperMoEConfig):
+        super().__init__(config)
+        for name, layer in list(self.hyper.named_children()):
+            setattr(self.hyper, name, PlainLinear(layer))
+
+
 @cache
 def backbone(config_class: Any) -> Any:
     """The model without its head of a LoRAMoE config, with layers that vLLM leaves as they are."""
     name = config_class.__name__.removeprefix("LoraMoe").removesuffix("Config")
     stock: Any = getattr(transformers, f"{name}Model")
 
-    def __init__(self: Any, config: Any) -> None:
+    def __init__(self, config):  # type: ignore[no-untyped-def]  # vLLM and transformers read these annotations
         stock.__init__(self, config)
         names = [n.removeprefix("model.") for n in config.lora_moe_layers or []]
         sizes = {"experts": config.lora_moe_experts, "r": config.lora_moe_r, "alpha": config.lora_moe_alpha}
         for at, layer in zip(names, wrap(self, names, **sizes), strict=True):
             self.set_submodule(at, ServedLayer(layer))
 
-    return type(f"LoraMoe{name}Model", (stock,), {"__init__": __init__, "config_class": config_class, "__module__": __name__})
+    body = {"__init__": __init__, "__annotations__": {"config": config_class}, "config_class": config_class, "__module__": __name__}
+    return type(f"LoraMoe{name}Model", (stock,), body)
