@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 BENCHMARKS := $(filter-out bench/common.py bench/pages.py,$(wildcard bench/*.py))
 
-.PHONY: demo test slow lint bench docs docs-site clean
+.PHONY: demo test slow lint interop bench docs docs-site clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m venv .venv
@@ -24,6 +24,10 @@ slow: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Every result in other engines: makes an environment for each (MODELWRIGHT_INTEROP, or .interop), writes docs/interop.md
+interop: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/interop/run.py
 
 bench: .venv/ready
 	for f in $(BENCHMARKS); do echo "== $$f"; OMP_NUM_THREADS=1 $(BIN)/python $$f || exit 1; done

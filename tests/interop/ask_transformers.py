@@ -1,6 +1,6 @@
 """Greedy answers by transformers, of whatever version runs this file. Needs transformers and torch alone.
 
-A request comes on standard input (see ask.py); each folder's answer is one line of JSON on standard output, as soon as it is there.
+A request comes on standard input (see run.py). Standard output has a line {"begins"} before each folder and its answer after it.
 """
 
 import json
@@ -42,8 +42,7 @@ def greedy(model, ids, n, ends=None):
     }
 
 
-def answer(folder, request):
-    adapter = request.get("adapters", {}).get(folder)
+def answer(folder, adapter, request):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     model = model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -66,16 +65,16 @@ def main():
     request = json.load(sys.stdin)
     channel = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
     os.dup2(2, 1)
-    for module in request.get("imports", []):
-        __import__(module)
+    if request["ours"]:
+        import modelwright.models  # noqa: F401
     transformers.logging.set_verbosity_error()
-    for folder in request["folders"]:
+    for folder, adapter in request["asked"]:
         print(json.dumps({"begins": folder}), file=channel, flush=True)
         try:
-            found = answer(folder, request)
+            found = answer(folder, adapter, request)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
-        print(json.dumps({"folder": folder, "version": transformers.__version__, **found}), file=channel, flush=True)
+        print(json.dumps({"version": transformers.__version__, **found}), file=channel, flush=True)
 
 
 if __name__ == "__main__":

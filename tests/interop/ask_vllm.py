@@ -16,12 +16,11 @@ os.environ.update(
 )
 
 
-def answer(folder, request):
+def answer(folder, adapter, request):
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
 
-    adapter = request.get("adapters", {}).get(folder)
     more = {"enable_lora": True, "max_lora_rank": 8} if adapter else {}
     lora = LoRARequest("tuned", 1, adapter) if adapter else None
     model = LLM(
@@ -30,8 +29,9 @@ def answer(folder, request):
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=4,
+        num_gpu_blocks_override=64,
+        enable_prefix_caching=False,
         disable_log_stats=True,
-        **request.get("options", {}),
         **more,
     )
     try:
@@ -55,7 +55,7 @@ def one(out):
     ids = list(first.token_ids)
     return {
         "ids": ids,
-        "logprobs": [place[i].logprob for i, place in zip(ids, first.logprobs, strict=False)],
+        "logprobs": [place[i].logprob for i, place in zip(ids, first.logprobs, strict=True)],
         "text": first.text,
         "ended": first.finish_reason,
         "begin": len(out.prompt_token_ids),
@@ -64,18 +64,19 @@ def one(out):
 
 def main():
     request = json.load(sys.stdin)
-    os.environ["VLLM_PLUGINS"] = "modelwright" if request.get("imports") else "none"
+    os.environ["VLLM_PLUGINS"] = "modelwright" if request["ours"] else "none"
     channel = os.fdopen(os.dup(1), "w")  # what libraries print goes elsewhere
     os.dup2(2, 1)
     import vllm
 
-    for folder in request["folders"]:
+    for folder, adapter in request["asked"]:
+        gc.freeze()  # vLLM collects garbage often, and the hundreds of thousands of objects of its imports stay
         print(json.dumps({"begins": folder}), file=channel, flush=True)
         try:
-            found = answer(folder, request)
+            found = answer(folder, adapter, request)
         except Exception as error:
             found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"}
-        print(json.dumps({"folder": folder, "version": vllm.__version__, **found}), file=channel, flush=True)
+        print(json.dumps({"version": vllm.__version__, **found}), file=channel, flush=True)
 
 
 if __name__ == "__main__":

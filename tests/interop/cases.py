@@ -6,7 +6,9 @@ without a word here; ONLY_HERE adds settings of config.json that engines are kno
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ from families import FAMILIES, model_of
 from matrix import ROWS
 from modelwright import registry
 from modelwright.core.model.checkpoint import SEEDLING, Checkpoint
+from modelwright.core.model.lineage import fingerprint
+from modelwright.core.model.portable import make_portable
 from modelwright.core.model.writer import copy_companions
 
 PROBE = Path(modelwright.__file__).parent / "data" / "probe.txt"
+PLUGIN = Path(modelwright.__file__).parent / "models" / "vllm.py"
 _WIDE = {"vocab_size": 2048, "max_position_embeddings": 512, "hidden_size": 128, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
 _OWN_WORDS: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 2048, "n_positions": 512, "n_embd": 128, "bos_token_id": 0, "eos_token_id": 0},
@@ -34,8 +39,8 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 _THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-_LONG = {
-    "max_position_embeddings": 512,
+_LONG = {  # longer than anything asked: vLLM chooses the factors by the longest text it may see, transformers by the text at hand
+    "max_position_embeddings": 1024,
     "original_max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 16, "long_factor": [4.0] * 16},
 }
@@ -72,13 +77,20 @@ SOURCES: dict[str, tuple[str, dict[str, Any]]] = {kind: (kind, {}) for kind in F
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5}},
     ),
 }
-TELLING = {  # knobs under which a router that is read wrongly shows: experts that differ, scores that differ
+CHAT = "seedling with a chat template"
+_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant:\n{% endif %}"
+)
+_LEARN = {"tokens": 60000, "batch": 8, "context": 64, "lr": 3e-3, "save_every": 1000, "warmup": 0.0, "eval_every": 1000}
+TELLING: dict[str, dict[str, Any]] = {  # knobs under which a router that is read wrongly shows: experts that differ, scores that differ
     "reshape.upcycle": {"method": "drop", "router_std": 0.3},
     "reshape.hyper_moe": {"init": "paper"},
+    "tune.c_rlft": {"train": _LEARN},  # long enough that its chats end
 }
 _LLAMAS = tuple(s for s in SOURCES if s.startswith(("llama", "mistral")))
 ONLY_HERE: dict[str, list[tuple[str, dict[str, Any]]]] = {
-    "tune.full": [(s, {}) for s in SOURCES if s not in ("bert", "t5", "t5_v1_1")],
+    "tune.full": [*((s, {}) for s in SOURCES if s not in ("bert", "t5", "t5_v1_1")), (CHAT, {})],
     "reshape.upcycle": [
         *((s, {}) for s in (*_LLAMAS, *(s for s in SOURCES if s.startswith(("qwen2 ", "qwen3 ", "granite ", "phi3 longrope"))))),
         *((s, {}) for s in ("granite", "phi3")),
@@ -96,7 +108,7 @@ class Case:
 
     method: str
     source: str
-    knobs: dict[str, Any] = field(default_factory=dict)
+    knobs: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def name(self) -> str:
@@ -126,6 +138,9 @@ def source(name: str, work: Path) -> Path | str | None:
     if name in ("", "seedling"):
         return name or None
     folder = work / "sources" / name.replace(" ", "_").replace(",", "")
+    if name == CHAT and not folder.exists():
+        shutil.copytree(SEEDLING, folder)
+        (folder / "chat_template.jinja").write_text(_TEMPLATE)
     if not (folder / "config.json").exists():
         kind, changes = SOURCES[name]
         values = FAMILIES[kind][2]
@@ -134,20 +149,33 @@ def source(name: str, work: Path) -> Path | str | None:
         model_of(kind, **{**sizes, **changes}).save_pretrained(folder)
         copy_companions(Checkpoint(SEEDLING), folder)
         (folder / "generation_config.json").unlink(missing_ok=True)
+        make_portable(folder)  # as on the hub, where most settings stand in the old spelling
     return folder
 
 
 def make(case: Case, work: Path) -> Path:
     """Run the method; the folder of the result, made once."""
-    to = work / "results" / case.folder
+    to = results(work) / case.folder
     if (to / "modelwright.json").exists():
         return to
     base = source(case.source, work)
     knobs = {**ROWS[case.method].knobs, **TELLING.get(case.method, {}), **case.knobs}
-    knobs |= _data(ROWS[case.method].data, work)
+    knobs |= _data("chats" if case.source == CHAT else ROWS[case.method].data, work)
+    knobs |= {"train": _LEARN, "data": {"path": knobs["data"], "column": "messages"}} if case.source == CHAT else {}
     knobs = {k: str(base) if v == "BASE" else v for k, v in knobs.items()}
     modelwright.run(case.method, base=base, to=to, **knobs)
     return to
+
+
+@cache
+def results(work: Path) -> Path:
+    """Where results lie: a folder for this state of the source code; those of earlier states are removed."""
+    files = [*sorted(Path(modelwright.__file__).parent.rglob("*.py")), *sorted(Path(__file__).parents[1].glob("*.py")), Path(__file__)]
+    files.remove(PLUGIN)  # it changes how a result is asked, not the result
+    found = work / f"results-{fingerprint(*files)[-12:]}"
+    for old in set(work.glob("results-*")) - {found}:
+        shutil.rmtree(old)
+    return found
 
 
 def _data(kind: bool | str, work: Path) -> dict[str, str]:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from modelwright.moe.balance import counts_of, switch
@@ -49,7 +48,7 @@ class Balanced:
         c = self.config
         wanted = c.output_router_logits if output_router_logits is None else output_router_logits
         out = self.model(input_ids=input_ids, attention_mask=attention_mask, output_router_logits=wanted, return_dict=True, **kwargs)
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(_kept(out.last_hidden_state, logits_to_keep))
         loss = None if labels is None else self.loss_function(logits, labels, c.vocab_size)
         balance = None
         if wanted:
@@ -66,6 +65,18 @@ class Balanced:
             hidden_states=out.hidden_states,
             router_logits=out.router_logits if wanted else None,
         )
+
+
+def _kept(x: Tensor, keep: int | Tensor) -> Tensor:
+    """The places of x (B, T, d) whose logits are wanted: the last n (0: all), places of all rows, or places or a mask of each row.
+
+    transformers has slice_logits_to_keep for it since 5.20; vLLM 0.32 asks for 5.19 at most.
+    """
+    if isinstance(keep, int):
+        return x[:, -keep:]
+    if keep.dim() == 1:
+        return x[:, keep]
+    return x[keep] if keep.dtype == torch.bool else x.take_along_dim(keep[..., None], 1)
 
 
 def _switch(logits: Tensor, index: Tensor, real: Tensor | None) -> Tensor:

@@ -70,8 +70,14 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
     if knobs.router in ("prompts", "text", "ridge"):
         router_rows = from_data(knobs.router, source.model(torch.float32), source.tokenizer(), knobs)
 
+    dtypes = _dtypes(source, anatomy, target, knobs.experts)
+    zero_biases = {n: shape for n, shape in target.biases().items() if n not in dtypes}
+    dtypes |= {n: dtypes[n.replace(".bias", ".weight")] for n in zero_biases}
+
     def stream() -> Iterator[Any]:
         yield from _dense(sources, anatomy)
+        for name, shape in zero_biases.items():
+            yield name, torch.zeros(shape, dtype=dtypes[name])
         for block in anatomy.blocks:
             dtype = source.dtype(anatomy.ffn(block).down.name)
             ffns = [_matrices(s, anatomy.ffn(block), dtype) for s in sources]

@@ -301,11 +301,18 @@ def _publish(r: Run, result: Result, to: Path) -> None:
     if result.certificate and r.checkpoint:
         from modelwright.core.model.certificate import Certificate
         from modelwright.core.model.checkpoint import locate
-        from modelwright.core.model.writer import license_of, write_card
+        from modelwright.core.model.writer import write_card
 
         rows = [(k, f"{a} -> {b}" if a and a != b else b) for k, a, b in Certificate(**result.certificate).rows()]
-        license = license_of(locate(recipe.base)) if recipe.base else None
-        write_card(folder, recipe.name, recipe.base or "none", result.steps, rows, result.certificate["loads_in"], license)
+        write_card(
+            folder,
+            recipe.name,
+            recipe.base or "none",
+            result.steps,
+            rows,
+            result.certificate["loads_in"],
+            recipe.base and locate(recipe.base),
+        )
     result.report.recipe = recipe.as_yaml()
     result.report.facts |= {"result": str(to), "seed": recipe.seed, **lineage["versions"]}
     (folder / "report.html").write_text(result.report.html(), encoding="utf-8")

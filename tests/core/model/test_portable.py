@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from families import FAMILIES
 from modelwright.core.model.checkpoint import SEEDLING, config_of
-from modelwright.core.model.portable import make_portable, portable_config, portable_tokenizer
+from modelwright.core.model.portable import chat_ends, make_portable, portable_config, portable_tokenizer
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -41,6 +41,11 @@ OLD: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen3_moe", {}, {"num_experts": 4, "num_local_experts": 4, "rope_theta": 1e4}),
     ("gpt_neox", plain(1e5, partial_rotary_factor=0.5), {"rotary_emb_base": 1e5, "rotary_pct": 0.5}),
     ("phi3", plain(1e4, partial_rotary_factor=0.5), {"partial_rotary_factor": 0.5, "rope_scaling": None}),
+    (
+        "mixtral",
+        {"head_dim": 8, "rope_parameters": LONG | {"original_max_position_embeddings": 32}},
+        {"original_max_position_embeddings": 32},
+    ),
     (
         "phi3",
         {"rope_parameters": LONG, "original_max_position_embeddings": 32},
@@ -113,3 +118,44 @@ def test_a_slow_or_named_tokenizer_class_is_left_alone() -> None:
         "tokenizer_class": "GPT2Tokenizer",
         "pad_token": "x",
     }
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("generation", [None, {"eos_token_id": 0, "top_p": 0.9}, {"eos_token_id": [0, 7]}])
+def test_a_chat_ends_where_its_template_ends_a_turn(generation: dict[str, Any] | None, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SEEDLING)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 0}))
+    if generation:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert chat_ends(tokenizer) == [end]
+    make_portable(tmp_path)
+    make_portable(tmp_path)
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    assert written == (generation or {}) | {"eos_token_id": [*([0, 7] if generation and "top_p" not in generation else [0]), end]}
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}",  # it ends with the eos
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}",  # no turn has an end
+        "{{ raise_exception('only one turn') if messages|length > 1 }}{{ messages[0]['content'] }}",
+    ],
+)
+def test_without_an_end_of_its_own_nothing_is_added(template: str | None, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(SEEDLING)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 0}))
+    make_portable(tmp_path)
+    assert not (tmp_path / "generation_config.json").exists()

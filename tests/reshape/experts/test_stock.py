@@ -309,3 +309,16 @@ def test_quantised_checkpoint_is_refused(certificate: str, tiny, tmp_path: Path)
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="quanti"):
         modelwright.run("reshape.upcycle", base=base, to=tmp_path / "out", experts=4, save={"certificate": certificate})
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_qwen2_moe_has_zero_biases_where_the_source_has_none(family: str, tiny, tmp_path: Path) -> None:
+    """vLLM's class always has them, and what the folder lacks stays unset there without a word."""
+    folder = converted(tiny(family, dtype="bfloat16"), tmp_path / "out", target="qwen2_moe")
+    saved = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        for name in "qkv":
+            at = f"model.layers.{layer}.self_attn.{name}_proj"
+            assert saved[f"{at}.bias"].shape == saved[f"{at}.weight"].shape[:1] and not saved[f"{at}.bias"].any()
+            assert saved[f"{at}.bias"].dtype == torch.bfloat16
+    assert json.loads((folder / "config.json").read_text())["qkv_bias"] is True

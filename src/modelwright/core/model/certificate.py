@@ -191,6 +191,9 @@ def continuations(model: Any, prompts: list[list[int]], tokens: int = 40) -> lis
     model.eval()
     found = []
     for p in prompts:
+        if max(p) >= int(model.config.get_text_config().vocab_size):  # a token that this model does not know
+            found.append([])
+            continue
         ids = torch.tensor([p], device=model.device)
         made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, num_beams=1, pad_token_id=0)
         found.append(made[0, len(p) :].tolist())

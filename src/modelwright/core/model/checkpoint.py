@@ -62,7 +62,7 @@ def locate(base: str | Path) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(base), allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
+        return Path(snapshot_download(str(base), allow_patterns=["README.md", "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:
         raise UserError(
             f"{base} is neither a folder nor a hub id that can be fetched",

@@ -26,9 +26,8 @@ from modelwright.core.errors import UserError
 from modelwright.core.files import disk_errors
 from modelwright.core.model.checkpoint import CODES, Checkpoint, config_of, disk_shapes, require_finite
 from modelwright.core.model.lineage import LINEAGE
-from modelwright.core.model.portable import make_portable
+from modelwright.core.model.portable import card_metadata, make_portable
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _WRITERS = 1  # a file system serialises writes to one file; one thread is enough to overlap them with making tensors
 Piece = tuple[str, Tensor] | tuple[str, Tensor, int]  # name, values, and for a slice of dimension 0 its index
 
@@ -264,38 +263,25 @@ def copy_companions(source: Checkpoint, folder: Path) -> None:
 
 
 def write_card(
-    folder: Path, title: str, base: str, steps: list[dict[str, Any]], rows: list[tuple[str, str]], loads_in: str, license: str | None = None
+    folder: Path,
+    title: str,
+    base: str,
+    steps: list[dict[str, Any]],
+    rows: list[tuple[str, str]],
+    loads_in: str,
+    base_folder: Path | None = None,
 ) -> None:
     """README.md of a result: what it is, what it loads in, how it was made, what was measured, with metadata that the hub reads."""
     import yaml
 
     recipe = yaml.safe_dump({"base": base, "steps": [{s["step"]: s["knobs"]} for s in steps]}, sort_keys=False, width=100)
     table = "\n".join(f"| {_inline(k)} | {_inline(v)} |" for k, v in rows)
-    meta: dict[str, Any] = {"library_name": "transformers", "tags": ["modelwright", *dict.fromkeys(s["step"] for s in steps)]}
-    if _HUB_NAME.fullmatch(base):
-        meta["base_model"] = base
-    data = [d for s in steps if _HUB_NAME.fullmatch(d := str((s["knobs"].get("data") or {}).get("path") or "")) and "/" in d]
-    if data:
-        meta["datasets"] = list(dict.fromkeys(data))
-    if license:
-        meta["license"] = license
+    meta = card_metadata(None if base == "none" else base, base_folder, steps, loads_in)
     (folder / "README.md").write_text(
         f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n# {_inline(title)}\n\nMade by modelwright; loads as `{loads_in}`.\n\n"
         f"| measured | value |\n|---|---|\n{table}\n\n## Recipe\n```yaml\n{recipe}```\n\nThe full lineage is in `{LINEAGE}`.\n",
         encoding="utf-8",
     )
-
-
-def license_of(folder: Path) -> str | None:
-    """The license that a checkpoint's own card names."""
-    import yaml
-
-    try:
-        head = (folder / "README.md").read_text(encoding="utf-8").split("---", 2)
-        found = yaml.safe_load(head[1]).get("license") if len(head) == 3 and not head[0].strip() else None
-    except (OSError, ValueError, yaml.YAMLError, AttributeError):
-        return None
-    return found if isinstance(found, str) else None
 
 
 def _inline(text: str) -> str:

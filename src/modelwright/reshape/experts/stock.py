@@ -4,6 +4,8 @@ Measured (fp32, identical experts): Llama and Mistral in Mixtral, Qwen2 in Qwen2
 Llama with attention biases in Granite-MoE, Phi-3 in Mixtral after splitting its fused projections: 3e-7 to 5e-7.
 Three things break equality without an error and are always copied: rope_parameters (Mixtral's default theta is 1e6,
 Llama's 1e4), the sliding window, and norm_topk_prob, which must be true.
+vLLM's Qwen2-MoE always has biases on q, k and v and leaves them unset, without a word, where the folder has none: a source
+without them gets zeros there, which transformers adds exactly.
 """
 
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from modelwright.core.errors import UserError
 from modelwright.core.model.anatomy import Anatomy
-from modelwright.core.model.checkpoint import Checkpoint, config_of
+from modelwright.core.model.checkpoint import Checkpoint, config_of, disk_shapes
 
 _SHARED = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act max_position_embeddings "
@@ -55,6 +57,10 @@ class Target:
         at = f"{layer}.{self.moe}."
         each = [n.format(e=e) for e in range(experts) for n in self.expert] if not self.fused else list(self.expert)
         return [at + n for n in [self.router, *each]]
+
+    def biases(self) -> dict[str, tuple[int, ...]]:
+        """Disk name and shape of each bias on q, k and v that the class has."""
+        return {n: s for n, s in disk_shapes(self.config).items() if n.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))}
 
 
 _LAYOUTS = {
@@ -193,7 +199,7 @@ def _target(model_type: str, c: Any, views: dict[str, Any], experts: int, top_k:
         }
         if model_type == "qwen2_moe":
             shared = min(128, width)  # the class wants one; its down_proj starts at zero, so it is silent until trained
-            fields |= {"shared_expert_intermediate_size": shared, "qkv_bias": "q.bias" in views}
+            fields |= {"shared_expert_intermediate_size": shared, "qkv_bias": True}
             types = ["sliding_attention" if window else "full_attention"] * c.num_hidden_layers
             fields |= {"layer_types": raw["layer_types"] if mixed else types}
         else:
