@@ -96,7 +96,7 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
     scaling = str(source.config.get("rope_scaling") or source.config.get("rope_parameters"))
     if source.config["model_type"] == "phi3" and "longrope" in scaling:
         facts["note"] = "logits are equal at every length, but Phi-3 drops its cache where longrope switches, and Mixtral keeps it"
-    blueprint = Blueprint(_config(target), _dtypes(source, anatomy, target, knobs.experts), stream, source, facts)
+    blueprint = Blueprint(_config(target), dtypes, stream, source, facts)
     return blueprint, "same function" if _experts_are_copies(knobs) else "changed function"
 
 
