@@ -1,7 +1,6 @@
 """Files: fingerprints of what was read, writing in one rename, what the disk says. Imports nothing heavy."""
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +13,8 @@ from modelwright.core.errors import UserError
 
 def fingerprint(*files: Path) -> str:
     """sha256 over the files: whole up to 64 MB each, beyond that size, header and 64 samples of 64 KiB."""
+    import hashlib  # light commands do without it
+
     digest, sampled = hashlib.sha256(), False
     for file in files:
         size = file.stat().st_size

@@ -53,7 +53,10 @@ _STYLE = {
 def draw(plot: dict[str, Any]) -> str:
     """The plot as a <figure> with its caption and a note."""
     note = f'<p class="note">{escape(str(plot["note"]))}</p>' if plot.get("note") else ""
-    wide = ' class="wide"' if plot["kind"] == "panels" or len(plot.get("columns", ())) > 16 else ""
+    if plot["kind"] == "panels":
+        inner = "".join(f"<div><h4>{escape(str(p['title']))}</h4>{_svg(p)}</div>" for p in plot["plots"])
+        return f'<figure class="wide"><figcaption>{escape(str(plot["title"]))}</figcaption><div class="panels">{inner}</div>{note}</figure>'
+    wide = ' class="wide"' if len(plot.get("columns", ())) > 16 else ""
     return f"<figure{wide}><figcaption>{escape(str(plot['title']))}</figcaption>{_svg(plot)}{note}</figure>"
 
 
@@ -63,18 +66,8 @@ def _svg(plot: dict[str, Any]) -> str:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        if plot["kind"] == "panels":
-            inner = plot["plots"]
-            columns = min(3, max(1, len(inner)))
-            rows = math.ceil(len(inner) / columns)
-            figure = Figure((3.6 * columns, 2.7 * rows), layout="constrained")
-            for i, one in enumerate(inner):
-                axes = figure.add_subplot(rows, columns, i + 1)
-                axes.set_title(_plain(one["title"]), fontsize=9)
-                _DRAW[one["kind"]](axes, one)
-        else:
-            figure = Figure(_size(plot), layout="constrained")
-            _DRAW[plot["kind"]](figure.add_subplot(), plot)
+        figure = Figure(_size(plot), layout="constrained")
+        _DRAW[plot["kind"]](figure.add_subplot(), plot)
         figure.patch.set_alpha(0)
         for axes in figure.axes:
             axes.patch.set_alpha(0)
