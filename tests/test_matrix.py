@@ -8,7 +8,7 @@ from matrix import ROWS
 from modelwright.testing import check_method
 
 CASES = [(name, family, False) for name, row in ROWS.items() for family in row.families]
-CASES += [(name, row.families[0], True) for name, row in ROWS.items() if row.families[0]]
+CASES += [(name, row.families[0], True) for name, row in ROWS.items() if row.families and row.families[0]]
 
 
 def _id(case: tuple[str, str, bool]) -> str:

@@ -3,13 +3,10 @@
 import json
 from pathlib import Path
 
-import pytest
-
 from modelwright.runner.recipe import parse
 from modelwright.runner.run import run_recipe
 
 
-@pytest.mark.xfail(strict=True, reason="the driver of curate steps does not hand on the dataset of the step before")
 def test_a_curate_step_reads_the_dataset_of_the_step_before(tmp_path: Path) -> None:
     steps = [{"curate.stdlib": {"parts": ["topics"], "characters": 20_000}}, {"curate.rules": {"use": ["gopher.words"]}}]
     run_recipe(parse({"name": "chain", "steps": steps, "save": str(tmp_path / "out")}))

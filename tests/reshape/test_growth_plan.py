@@ -28,7 +28,6 @@ def test_figures_are_those_of_the_recorded_table(shared, tmp_path) -> None:
         assert round(plan(tmp_path, params=row["N"], tokens=row["D"]).metrics["growth_tokens"] / 1e7) == round(row["d_published"] / 1e7)
 
 
-@pytest.mark.xfail(strict=True, reason="the runner takes every method of this family for one that writes a checkpoint")
 def test_published_growth_timing_comes_out_of_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["reshape", "growth-plan", "--params", "7e9", "--tokens", "2e12", "--json"])

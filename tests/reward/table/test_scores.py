@@ -101,7 +101,6 @@ def test_names_that_differ_in_a_leading_zero_are_two(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.xfail(strict=True, reason="core/data/tables.py makes a number of a csv value with a leading zero")
 def test_names_in_a_csv_that_differ_in_a_leading_zero_are_two(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("group,score,label,length\n01,.9,1,3\n01,.1,0,3\n1,.2,0,3\n1,.8,1,3\n2,.5,1,3\n2,.4,0,3\n")
     s = read(tmp_path / "a.csv", ["length"])
