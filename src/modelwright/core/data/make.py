@@ -28,7 +28,7 @@ from modelwright.core.errors import UserError
 from modelwright.core.files import disk_errors, fingerprint_path
 from modelwright.core.knobs import Data
 
-Kind = Literal["causal", "masked", "pairs"]  # decoder, masked language model, encoder-decoder
+Kind = Literal["causal", "masked", "pairs", "ranked"]  # decoder, masked language model, encoder-decoder, reward model
 _VERSION = 1  # of the stores: raise it when the same input gives other rows
 _CHARACTERS, _DOCUMENTS = 1 << 20, 1000  # of a batch
 _BINS = 32  # that are packed together, at least
@@ -336,7 +336,7 @@ def _write_store(part: Path, source: Source, tokenizer: Any, kind: Kind) -> None
         if piece.learnt is not None:
             learnt = np.flatnonzero(piece.learnt[1:])
             firsts.append(int(learnt[0]) + 1 if len(learnt) else np.iinfo(np.int32).max)
-    counts = {"format": source.format, "documents": encoder.counts.pop("documents", 0), **source.counts, **encoder.counts}
+    counts: dict[str, Any] = {"format": source.format, "documents": encoder.counts.pop("documents", 0), **source.counts, **encoder.counts}
     if not writer.tokens:
         writer.close({})
         raise UserError(
