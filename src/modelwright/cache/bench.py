@@ -54,8 +54,8 @@ def bench(knobs: Knobs, job: Job) -> Finding:
     if not knobs.data.path and not knobs.tasks:
         raise UserError("nothing to measure was given", how="give --data FILE, or --tasks recall")
     model = job.source.model().eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    for *_, method in arms:
-        evict(model, method)  # refuses what does not fit before anything is measured
+    for *_, arm in arms:
+        evict(model, arm)  # refuses what does not fit before anything is measured
     for task in knobs.tasks:
         answer = _items(knobs, model, task, 1, job.seed).answers.shape[2]
         fits_context(model, knobs.context + answer, f"context, question and answer of {task}", "lower the context")
@@ -116,7 +116,9 @@ def _ids(knobs: Knobs, job: Job) -> torch.Tensor:
 
 
 def _finding(knobs: Knobs, rows: dict[tuple[str, float], dict[str, Any]], left: dict[str, str], texts: int) -> Finding:
-    full, tables, plots = rows["full cache", 1.0], [], []
+    full = rows["full cache", 1.0]
+    tables: list[dict[str, Any]] = []
+    plots: list[dict[str, Any]] = []
     if knobs.data.path:
         lines = [
             [
@@ -145,7 +147,7 @@ def _finding(knobs: Knobs, rows: dict[tuple[str, float], dict[str, Any]], left: 
         plots += [_plot(rows, t, f"{t}: whole answers", "share") for t in knobs.tasks]
     if left:
         tables.append({"title": "Left out", "columns": ["", ""], "rows": [list(x) for x in left.items()], "prose": True})
-    metrics = {"rows": [{"cache": name, "keep": keep, **r} for (name, keep), r in rows.items()], "left_out": left}
+    metrics: dict[str, Any] = {"rows": [{"cache": name, "keep": keep, **r} for (name, keep), r in rows.items()], "left_out": left}
     said = [f"{knobs.context} tokens of context, {len(rows) - 1} evicted caches beside the full one."]
     if knobs.data.path:
         metrics["texts"] = texts

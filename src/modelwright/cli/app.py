@@ -34,7 +34,7 @@ class _Top(Group):
         raise UserError(f"unknown command '{name}'", how=registry.hint(name) or did_you_mean(name, self.list_commands(ctx)))
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        fixed = [(n, super(_Top, self).get_command(ctx, n)) for n in super().list_commands(ctx)]
+        fixed = [(n, self.get_command(ctx, n)) for n in super().list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl([(n, c.get_short_help_str(limit=90)) for n, c in fixed])
         with formatter.section("Methods, by family"):

@@ -71,7 +71,8 @@ def chat(base: str, system: str | None, sampling: Sampling, as_json: bool) -> No
 
 
 def _converse(fresh: Callable[[], Conversation], terminal: bool, as_json: bool) -> list[dict[str, str]]:
-    talk, rows, told = fresh(), [], 0
+    talk, told = fresh(), 0
+    rows: list[dict[str, str]] = []
     while True:
         if terminal:
             sys.stdout.write("> ")

@@ -67,8 +67,8 @@ def run_demo(
     }
     up = {"reshape.upcycle": {"experts": EXPERTS, "top_k": TOP_K}}
     arms = {}
-    for arm, steps in (("moe", [up, tune]), ("dense", [tune])):
-        raw = {"name": f"demo-{arm}", "seed": seed, "base": base, "steps": steps, "save": {"to": str(folder / arm)}}
+    for arm, recipe in (("moe", [up, tune]), ("dense", [tune])):
+        raw = {"name": f"demo-{arm}", "seed": seed, "base": base, "steps": recipe, "save": {"to": str(folder / arm)}}
         arms[arm] = run_recipe(parse(raw), progress)
     with progress.task("expert load"):
         load = _load(folder / "moe", texts["new"], context)
@@ -98,9 +98,10 @@ def _texts(source: Checkpoint, base: str, data: str | None, folder: Path, contex
         _jsonl(out["train"], [whole[:at]])
         _jsonl(out["new"], [whole[at:]])
     else:
-        for name, share in (("train", "train"), ("new", "heldout")):
-            stdlib(Knobs(parts=["unicode"], share=share), folder)
-            os.rename(folder / "dataset.jsonl", out[name])
+        stdlib(Knobs(parts=["unicode"], share="train"), folder)
+        os.rename(folder / "dataset.jsonl", out["train"])
+        stdlib(Knobs(parts=["unicode"], share="heldout"), folder)
+        os.rename(folder / "dataset.jsonl", out["new"])
     if base == "seedling":
         stdlib(Knobs(skip=UNSEEN, share="heldout"), folder)
         os.rename(folder / "dataset.jsonl", out["old"])

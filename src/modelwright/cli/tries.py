@@ -107,6 +107,7 @@ def try_method(name: str, sets: list[str], to: str | None, look: bool, seed: int
     except UserError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+    assert result.to is not None  # the recipe saves
     report = result.to / "report.html"
     if as_json:
         print_json(result.plain() | {"report": str(report)})

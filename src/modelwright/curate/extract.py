@@ -58,7 +58,7 @@ def extract(knobs: Knobs, folder: Path, seed: int = 0) -> dict[str, Any]:
             seen += 1
             html, encoding = decode(page.body, page.content_type)
             found = main_text(html, knobs.how)
-            row = {"url": page.url, "text": found.text, "date": page.date, "encoding": encoding, "extractor": found.by}
+            row: dict[str, Any] = {"url": page.url, "text": found.text, "date": page.date, "encoding": encoding, "extractor": found.by}
             if len(found.text) < knobs.least:
                 reasons["nested too deep" if found.by == "none" else "without text"] += 1
                 continue

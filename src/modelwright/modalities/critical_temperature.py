@@ -89,6 +89,7 @@ def rivals(t: np.ndarray, y: np.ndarray, z: np.ndarray, curve: Curve) -> dict[st
 def extremes(days: Days, h: Hinge, base: list[int]) -> list[dict[str, Any]]:
     """For each year: days beyond the base years' 5th and 95th percentile, and what their degrees beyond add, % of a mean day."""
     t = days.temperature
+    assert t is not None
     of = np.isin(days.year, base) if base else np.ones(len(days), bool)
     cold, hot = np.quantile(t[of], [0.05, 0.95])
     extra = 100 * (h.above * np.maximum(t - hot, 0) - h.below * np.maximum(cold - t, 0))
@@ -128,7 +129,7 @@ def _check(days: Days, knobs: Knobs) -> None:
         )
     if days.value.mean() <= 0:
         raise UserError(f"the mean of '{knobs.value}' is {days.value.mean():.4g}", "it must be positive to be compared with")
-    if np.ptp(days.temperature) == 0:
+    if np.ptp(np.asarray(days.temperature)) == 0:
         raise UserError("all temperatures are equal", how="choose another column")
     if absent := set(knobs.base_years) - set(days.year.tolist()):
         raise UserError(f"there are no days of {min(absent)}", "it is named in base_years", "choose years of the table")

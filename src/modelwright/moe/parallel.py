@@ -45,11 +45,18 @@ from modelwright.moe.execute import LOADED, PENDING, activation, experts, is_pla
 from modelwright.moe.rectify import rectify
 from modelwright.moe.routing import Routing
 
-try:
-    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
-except ImportError:  # older transformers lay no experts on processes
-    EPImplementation, EPImplementationInterface = object, None
 
+def _stock() -> tuple[Any, Any]:
+    """transformers' class of ways to lay experts on processes, and the registry of them; older ones have neither."""
+    try:
+        from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+    except ImportError:
+        return object, None
+    return EPImplementation, EPImplementationInterface
+
+
+_Base: Any
+_Base, _ways = _stock()
 NAME = "modelwright"  # of ep_implementation
 Group = Any  # of torch.distributed; None: all processes
 
@@ -141,7 +148,7 @@ def execute_over(
 
 
 # ---- stock models ----------------------------------------------------------------------------------------------------
-class Lists(EPImplementation):
+class Lists(_Base):
     """How the experts of a stock model get their tokens: by any routing list, or as their router chose. See NAME."""
 
     def __init__(self, module: Any, ep_mesh: Any, tp_mesh: Any):
@@ -167,5 +174,5 @@ class Lists(EPImplementation):
         return execute_over(hidden_states, routing, m.gate_up_proj, m.down_proj, activation(m.act_fn), group=group)
 
 
-if EPImplementationInterface is not None:
-    EPImplementationInterface.register(NAME, Lists)
+if _ways is not None:
+    _ways.register(NAME, Lists)

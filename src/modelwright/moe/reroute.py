@@ -24,7 +24,7 @@ Change = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Routing | None]
 
 def gated(model: nn.Module, what: str) -> list[tuple[Any, Any]]:
     """The routers of a model in order of depth, each with its experts; UserError where these are not plain: they cannot `what`."""
-    found = [(router, model.get_submodule(path.rpartition(".")[0]).experts) for path, router in routers(model)]
+    found: list[tuple[Any, Any]] = [(router, model.get_submodule(path.rpartition(".")[0]).experts) for path, router in routers(model)]
     for _, experts in found:
         if not is_plain(experts):
             raise UserError(

@@ -20,7 +20,7 @@ Ours: ratio=0 is bit-equal to sparse; every draw has its own seed, so the bytes 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -201,7 +201,8 @@ def _dense(sources: list[Checkpoint], anatomy: Anatomy) -> Iterator[tuple[str, T
             continue
         tensor = sources[0].get(part.name)
         if len(sources) > 1:
-            tensor = (sum(s.get(part.name).double() for s in sources) / len(sources)).to(tensor.dtype)
+            total = cast(Tensor, sum(s.get(part.name).double() for s in sources))
+            tensor = (total / len(sources)).to(tensor.dtype)
         if part.role == "attn.qkv":
             for piece, slices in part.rows.items():
                 yield part.name.replace("qkv_proj", f"{piece}_proj"), torch.cat([tensor[s] for s in slices])

@@ -22,7 +22,7 @@ import torch
 
 from modelwright.core.data.packing import Texts, packed, padded
 from modelwright.core.data.read import is_text, read_table
-from modelwright.core.data.rows import Rows
+from modelwright.core.data.rows import Rows, TokenRows
 from modelwright.core.data.tables import column
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.knobs import Data, Train, Tune, knob
@@ -150,7 +150,8 @@ class CRlft(Technique):
             raise UserError("no chat has anything to learn", why, "check roles and weights, or raise train.context")
         return kept, facts
 
-    def settings(self, rows: Rows, train: Train) -> Train:
+    def settings(self, rows: TokenRows, train: Train) -> Train:
+        assert isinstance(rows, Rows)
         learnt = int((rows.labels[:, 1:] >= 0).sum()) / len(rows) * train.batch * train.accumulate * dist.world()
         self._rule = learning_rate(learnt)
         return replace(train, lr=self._rule) if self.knobs.lr_rule else train

@@ -60,7 +60,7 @@ class Lora(Technique):
                 transposed |= p.orientation == "in_out"
         config = LoraConfig(
             r=self.knobs.r,
-            lora_alpha=self.knobs.alpha,
+            lora_alpha=self.knobs.alpha,  # type: ignore[arg-type]  # PEFT says int; it divides by the rank and takes any number
             lora_dropout=self.knobs.dropout,
             task_type="CAUSAL_LM",
             target_modules=sorted(set(modules)) or None,

@@ -99,7 +99,7 @@ class LoraMoe(Technique):
                 "it must hold each sample's type",
                 did_you_mean(self.knobs.types, table[0]),
             )
-        get = lambda name: column(data.path, table, name)[: data.limit]  # type: ignore[arg-type] # noqa: E731
+        get = lambda name: column(data.path, table, name)[: data.limit]  # noqa: E731
         if pairs and not data.column:
             instructions, outputs = get("instruction"), get("output")
         else:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelwright.core.data.rows import Rows
+from modelwright.core.data.rows import TokenRows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train, Tune, knob
 from modelwright.core.model.anatomy import Anatomy, Part
@@ -45,7 +45,7 @@ class Masked(Technique):
         self.kinds: list[str] = []  # in the order in which they open
         self._handles: list[Any] = []
 
-    def settings(self, rows: Rows, train: Train) -> Train:
+    def settings(self, rows: TokenRows, train: Train) -> Train:
         self._steps = steps_for(rows, train)
         return train
 

@@ -64,7 +64,7 @@ class Migu(Technique):
         self._real: dict[str, Tensor] = {}  # which tokens of the batch count, flat; of a decoder with an encoder too
         self.whole_logits = knobs.head
         self._count = torch.zeros((), dtype=torch.float64)
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[int, Tensor] = {}  # by id of the parameter
 
     def select(self, model: Any, anatomy: Anatomy, seed: int) -> None:
         wanted = {"all": ("attn.", "cross.", "ffn.", "shared."), "attention": ("attn.", "cross."), "ffn": ("ffn.", "shared.")}[

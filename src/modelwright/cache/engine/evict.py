@@ -30,7 +30,7 @@ append and are out of reach.
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -120,6 +120,10 @@ class Eviction:
     def _ours(self, cache: Cache) -> bool:
         return any(isinstance(layer, EvictLayer) for layer in cache.layers)
 
+    def _evicted(self, cache: Cache) -> list[EvictLayer]:
+        """The layers of a cache of this block that are evicted."""
+        return cast(list[EvictLayer], [cache.layers[i] for i in self.layers])
+
     def _begin(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         cache, use = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if cache is None and (self.model.config.use_cache if use is None else use) and not module.training:
@@ -135,7 +139,7 @@ class Eviction:
             cache.layers, cache.layer_class_to_replicate = self._fresh().layers, None
         ids = args[0] if args else kwargs.get("input_ids")
         ids = kwargs["inputs_embeds"] if ids is None else ids
-        layers = [cache.layers[i] for i in self.layers]
+        layers = self._evicted(cache)
         if not layers[0].read:
             if layers[0].seen and ids.shape[1] == 1:
                 self.finish(cache)
@@ -155,16 +159,24 @@ class Eviction:
 
     def finish(self, cache: Cache) -> None:
         """Evict now, in all layers: the prompt that was read in chunks is complete."""
-        _no_empty(cache.layers[self.layers[0]].lengths)
-        for i in self.layers:
-            layer = cache.layers[i]
+        layers = self._evicted(cache)
+        _no_empty(layers[0].lengths)
+        for i, layer in zip(self.layers, layers, strict=True):
             if layer.queries is not None:
                 self._evict(layer, i, layer.queries, *(layer.states or (layer.keys, layer.values)), *layer.manner)
 
     def _read(
-        self, layer: EvictLayer, index: int, query: Tensor, key: Tensor, value: Tensor, *manner: Any, attend: bool = False
+        self,
+        layer: EvictLayer,
+        index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        manner: tuple[float, float | None],
+        attend: bool = False,
     ) -> Tensor | None:
-        """Evict, or keep what is needed for it; where `attend`, what the last queries attend to (B, H, n, d) if that was in hand."""
+        """Evict, or keep what is needed for it; `manner` is scale and soft cap. Where `attend`, gives what the last queries attend to
+        (B, H, n, d), if that was in hand."""
         if not self.chunked:
             return self._evict(layer, index, query[:, :, -self.wanted :], key, value, *manner, attend)
         whole = query if layer.queries is None else torch.cat([layer.queries, query], 2)
@@ -212,20 +224,20 @@ def _no_empty(lengths: list[int] | None) -> None:
 def _function(base: str) -> Callable[..., Any]:
     def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         stock = ALL_ATTENTION_FUNCTIONS[base] if base == "sdpa" else _eager_of(module)
-        owner, cache = getattr(_now, "step", None) or (None, None)
-        layer = cache.layers[module.layer_idx] if cache else None
-        if not isinstance(layer, EvictLayer):
+        step: tuple[Eviction, Cache] | None = getattr(_now, "step", None)
+        layer = step[1].layers[module.layer_idx] if step else None
+        if step is None or not isinstance(layer, EvictLayer):
             return stock(module, query, key, value, attention_mask, *args, **kwargs)
         if layer.read:
             return stock(module, query, key, value, layer.mask(query, attention_mask, base == "eager"), *args, **kwargs)
-        scale = kwargs.get("scaling")
+        owner, scale = step[0], kwargs.get("scaling")
         manner = query.shape[-1] ** -0.5 if scale is None else scale, kwargs.get("softcap")
         whole = base == "sdpa" and attention_mask is None and query.shape[2] == layer.seen and not query.requires_grad
         if not whole or owner.chunked:
             out = stock(module, query, key, value, attention_mask, *args, **kwargs)
-            owner._read(layer, module.layer_idx, query, key, value, *manner)
+            owner._read(layer, module.layer_idx, query, key, value, manner)
             return out
-        last = owner._read(layer, module.layer_idx, query, key, value, *manner, attend=True)
+        last = owner._read(layer, module.layer_idx, query, key, value, manner, attend=True)
         if last is None:
             return stock(module, query, key, value, None, *args, **kwargs)
         if not (n := query.shape[2] - last.shape[2]):

@@ -30,6 +30,8 @@ class EvictLayer(DynamicLayer):
     """`owner` is the block that evicts; the layer is of no use after it."""
 
     is_croppable = False
+    keys: Tensor  # None until the first token is read, and so are the values
+    values: Tensor
 
     def __init__(self, owner: Any):
         super().__init__()
@@ -43,7 +45,7 @@ class EvictLayer(DynamicLayer):
         self.slots: Tensor | None = None  # (B, G, kept) which columns are real, where uneven
         self.packed: tuple[Tensor, Tensor] | None = None
         self.queries: Tensor | None = None  # the last queries of a prompt read in chunks,
-        self.manner: tuple[Any, ...] = (1.0, None)  # their scale and soft cap,
+        self.manner: tuple[float, float | None] = (1.0, None)  # their scale and soft cap,
         self.states: tuple[Tensor, Tensor] | None = None  # and keys and values as attention sees them, where the cache holds others
         self.lengths: list[int] | None = None  # real tokens of each row, where padded
 

@@ -242,8 +242,8 @@ class Method(ABC):
         score = self.score(read).expand(B, G, T)
         if read.lengths:
             score = score.masked_fill(read.position < 0, -torch.inf)
-        kept = highest(score, read.tensor(counts))
-        columns = kept.nonzero()[:, 2]  # row by row, ascending
+        chosen = highest(score, read.tensor(counts))
+        columns = chosen.nonzero()[:, 2]  # row by row, ascending
         n = int(counts.max())
         if (counts == n).all():
             return columns.view(B, G, n), None

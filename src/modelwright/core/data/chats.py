@@ -107,12 +107,13 @@ class Renderer:
 
         options = {"tools": chat.tools, "chat_template": self.tokenizer.get_chat_template(None, chat.tools)}
         try:
-            texts, spans = render_jinja_template(
+            rendered: Any = render_jinja_template(  # its annotation says str
                 [chat.messages], return_assistant_tokens_mask=True, **options, **self.tokenizer.special_tokens_map
             )
         except Exception as error:
             raise RefusedChat(f"the chat template refuses it: {short(error)}") from None
-        return Rendered(texts[0], [tuple(s) for s in spans[0]])
+        texts, spans = rendered
+        return Rendered(texts[0], [(begin, end) for begin, end in spans[0]])
 
     def _parts(self, chat: Chat, answers: list[int], thoughts: list[str]) -> list[str]:
         """The template's own text before, between and after the assistant's contents."""

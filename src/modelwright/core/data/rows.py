@@ -75,8 +75,8 @@ class Rows(TokenRows):
         for s in (slice(None, at), slice(at, None)):
             n = int(self.lengths[s].sum())
             size = round(self.bytes * n / max(self.tokens, 1))
-            extra = [v if v is None else v[s] for v in (self.weights, self.segments)]
-            parts.append(Rows(self.ids[s], self.labels[s], self.lengths[s], size, self.facts, *extra, stops=self.stops))
+            weights, segments = (v if v is None else v[s] for v in (self.weights, self.segments))
+            parts.append(Rows(self.ids[s], self.labels[s], self.lengths[s], size, self.facts, weights, segments, self.stops))
         return parts[0], parts[1]
 
 

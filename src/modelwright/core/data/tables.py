@@ -81,7 +81,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
             yield dict(zip(names, values, strict=True))
 
 
-def column(path: Path, of: Table, name: str) -> list[Any]:
+def column(path: Path | str | None, of: Table, name: str) -> list[Any]:
     """The values of one column; UserError with the nearest name when there is none."""
     if name not in of[0]:
         raise UserError(f"{path} has no column '{name}'", how=did_you_mean(name, of[0]))

@@ -29,7 +29,7 @@ _VARIABLES = {
 }
 _INK, _DIM, _GRID, _CARD, *_COLOURS = _VARIABLES
 _MARKERS = "os^Dvp"
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # matplotlib types each key as a literal
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9.5,

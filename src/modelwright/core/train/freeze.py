@@ -118,7 +118,7 @@ def units(part: Part, pieces: Iterable[str]) -> Tensor:
 def pieces_of(block: Block, group: str) -> dict[str, list[Piece]]:
     """The matrices of one group of a block by name, each with its bias: attention q k v o, ffn gate up down, norms.
 
-    group: attn, ffn, expert, shared or norm. A piece of a fused tensor is named by the tensor and the piece.
+    group: attn, cross, ffn, expert, shared or norm. A piece of a fused tensor is named by the tensor and the piece.
     """
     found: dict[str, list[Piece]] = {}
     for part in block.parts.values():
@@ -149,7 +149,7 @@ def halves(anatomy: Anatomy, seed: int, granularity: str = "category", balance: 
     """
     rng = torch.Generator().manual_seed(seed)
     blocks = anatomy.blocks
-    groups = [[pieces_of(b, g) for g in ("attn", "ffn", "expert", "shared", "norm")] for b in blocks]
+    groups = [[pieces_of(b, g) for g in ("attn", "cross", "ffn", "expert", "shared", "norm")] for b in blocks]
     if granularity == "layer":
         chosen = torch.randperm(len(blocks), generator=rng)[: len(blocks) // 2].tolist()
         return [p for i in chosen for g in groups[i] for piece in g.values() for p in piece]

@@ -32,6 +32,8 @@ class _Reached(Exception):
 class _Until(nn.Module):
     """Runs the trunk and stops there."""
 
+    trunk: nn.Module
+
     def __init__(self, trunk: nn.Module):
         super().__init__()
         object.__setattr__(self, "trunk", trunk)  # not a child: names and hooks stay as they are

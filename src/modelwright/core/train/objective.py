@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,7 +55,7 @@ class Objective(ABC):
         """Change a batch in place before its targets are counted, by the step and the example alone."""
 
     @abstractmethod
-    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """What the model is given."""
 
     def states(self, hidden: Tensor) -> Tensor:
@@ -92,8 +93,8 @@ class NextToken(Objective):
 
     kind, name = "causal", "next token"
 
-    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch} | {"use_cache": False}  # type: ignore[dict-item]
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        return {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch} | {"use_cache": False}
 
     def states(self, hidden: Tensor) -> Tensor:
         return hidden[:, :-1]
@@ -139,10 +140,11 @@ class MaskedTokens(Objective):
         batch["labels"] = torch.cat([torch.full_like(labels[:, :1], IGNORE), labels], 1)
 
     def _draw(self, example: int, step: int, n: int) -> Tensor:
-        g = torch.Generator().manual_seed((self.seed * 1_000_003 + step) * 1_000_003 + example + 1)
-        return torch.rand(3, n, generator=g)
+        """Three numbers a token (3, n); those of a token depend on its place alone, not on how wide its batch is."""
+        rng = np.random.default_rng((self.seed, step, example + 1))
+        return torch.from_numpy(rng.random((n, 3)).T.astype(np.float32))
 
-    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         return {k: batch[k] for k in ("input_ids", "attention_mask") if k in batch}
 
 
@@ -153,9 +155,10 @@ class PairsOfTexts(Objective):
 
     def __init__(self, model: Any, tokenizer: Any = None, seed: int = 0, mask_share: float = 0.15):
         super().__init__(model, tokenizer, seed, mask_share)
-        self._start = getattr(model.config, "decoder_start_token_id", None)
-        if self._start is None:
-            self._start = getattr(model.config, "bos_token_id", None) or getattr(model.config, "pad_token_id", None) or 0
+        start = getattr(model.config, "decoder_start_token_id", None)
+        if start is None:
+            start = getattr(model.config, "bos_token_id", None) or getattr(model.config, "pad_token_id", None) or 0
+        self._start: int = start
         self._pad = model.config.pad_token_id or 0
         self._end = None if tokenizer is None else tokenizer.eos_token_id
 
@@ -178,8 +181,8 @@ class PairsOfTexts(Objective):
             "example_id": torch.tensor([r["example_id"] for r in rows]),
         }
 
-    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: batch[k] for k in ("input_ids", "attention_mask", "decoder_input_ids")} | {"use_cache": False}  # type: ignore[dict-item]
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        return {k: batch[k] for k in ("input_ids", "attention_mask", "decoder_input_ids")} | {"use_cache": False}
 
 
 class RankedPairs(Objective):
@@ -205,7 +208,7 @@ class RankedPairs(Objective):
             "example_id": torch.tensor([r["example_id"] for r in rows]),
         }
 
-    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         ids, seen = batch["input_ids"], batch["attention_mask"].bool()
         other = (self._pad + 1) % int(self.config.get_text_config().vocab_size)
         # transformers finds the last token by the padding id: inside a text it must not stand, outside nothing else may

@@ -95,6 +95,15 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed, self.states, self.stochastic = seed, states, True
 
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Moments keep their own type; torch would cast them to that of the weights."""
+        super().load_state_dict(state_dict)
+        params = [p for group in self.param_groups for p in group["params"]]
+        for i, p in enumerate(params):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to(p.device if value.dim() else "cpu").clone()
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         number = 0

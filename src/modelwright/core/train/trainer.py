@@ -29,6 +29,7 @@ class Trainer(HFTrainer):
     """transformers.Trainer with techniques, an objective, exact normalisation, a recorder, sharding, and marked states."""
 
     model: Any
+    objective: Objective
     optimizer: Any
     lr_scheduler: Any
 

@@ -61,7 +61,8 @@ def choose(threshold: float, k: int, weight: float = 0.5) -> tuple[int, int]:
     best, found = np.inf, (1, 1)
     for r in range(1, k + 1):
         for b in range(1, k // r + 1):
-            wrong = weight * threshold / 2 * (w @ meets(below, b, r)) + (1 - weight) * (1 - threshold) / 2 * (w @ (1 - meets(above, b, r)))
+            met, missed = w @ meets(below, b, r), w @ (1 - meets(above, b, r))
+            wrong = float(weight * threshold / 2 * met + (1 - weight) * (1 - threshold) / 2 * missed)
             if wrong < best - 1e-12:
                 best, found = wrong, (b, r)
     return found

@@ -91,13 +91,16 @@ def stop_hashes() -> np.ndarray:
 
 def _words(p: Page) -> dict[str, np.ndarray]:
     w, raw = p.w, p.w.raw
+
+    def of(places: np.ndarray) -> np.ndarray:
+        return p.per(np.asarray(np.searchsorted(w.place, places, side="right")) - 1)
+
     n = p.per(w.doc)
     letter = ((w.data - np.uint8(97)) < 26) | (w.data >= 128)
     run = np.concatenate([[0], np.cumsum(letter, dtype=np.int32)])
     letters = run[w.end] - run[w.start]
     stops = np.stack([np.bincount(w.doc[w.hash == h], minlength=p.docs) for h in stop_hashes()])
     longest = most(w.doc, p.word_size, p.docs)
-    of = lambda places: p.per(np.searchsorted(w.place, places, side="right") - 1)  # noqa: E731
     dots = np.flatnonzero((raw[:-2] == 46) & (raw[1:-1] == 46) & (raw[2:] == 46))
     dots = dots[np.diff(dots, prepend=-9) > 1]  # ..... is one
     one = np.flatnonzero((raw[:-2] == 0xE2) & (raw[1:-1] == 0x80) & (raw[2:] == 0xA6))

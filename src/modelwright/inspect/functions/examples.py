@@ -129,10 +129,10 @@ def _dense(model: Any, anatomy: Anatomy, b: Block) -> Site:
     return Site(b.index, neurons, module, read)
 
 
-def _sparse(model: Any, b: Block, path: str, router: nn.Module) -> Site:
+def _sparse(model: Any, b: Block, path: str, router: Any) -> Site:
     experts = model.get_submodule(path + ".experts")
     weight = getattr(experts, "gate_up_proj", None)
-    if not isinstance(weight, Tensor) or weight.shape[2] != router.weight.shape[-1]:  # type: ignore[union-attr]
+    if not isinstance(weight, Tensor) or weight.shape[2] != router.weight.shape[-1]:
         raise UserError(f"the experts of {b.path} are stored in a way that is not known here", "they have no gate_up_proj (E, 2F, d)")
     gate = weight[:, : weight.shape[1] // 2]  # (E, F, d)
 
@@ -150,7 +150,7 @@ def _sparse(model: Any, b: Block, path: str, router: nn.Module) -> Site:
 
 
 @contextmanager
-def _seen(found: list[Site]) -> Iterator[dict[str, Any]]:
+def _seen(found: list[Site]) -> Iterator[dict[Any, Any]]:
     """Hooks that keep, for `now["mask"]` (B, T), the largest activation (B, F) of each example in `now[layer]`."""
     now: dict[Any, Any] = {}
 

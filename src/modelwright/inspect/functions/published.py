@@ -70,9 +70,9 @@ def _t5(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for figure, tasks in FIGURES.items():
         rows: dict[str, dict[str, float]] = defaultdict(dict)
-        for (name, _, share), by in sorted(values.items(), key=lambda item: item[0][2]):
+        for (name, _, disturbed), by in sorted(values.items(), key=lambda item: item[0][2]):
             if all(t in by for t in tasks):
-                rows[name][str(share)] = statistics.mean(statistics.mean(by[t]) for t in tasks)
+                rows[name][str(disturbed)] = statistics.mean(statistics.mean(by[t]) for t in tasks)
         found[f"figure 2{figure}"] = {"tasks": list(tasks), "accuracy": dict(rows)}
     return found
 

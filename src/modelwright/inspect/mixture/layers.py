@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import UserError
-from modelwright.core.model.anatomy import Anatomy
+from modelwright.core.model.anatomy import Anatomy, View
 from modelwright.core.model.checkpoint import Checkpoint
 
 KINDS = ("gate", "up", "down")
@@ -124,6 +124,14 @@ def _slice(source: Checkpoint, gate_up: str, down: str, kind: str, half: int, e:
     return read
 
 
+def _matrix(source: Checkpoint, view: View, kind: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        matrix = view.read(source.get)
+        return matrix.T if kind == "down" else matrix
+
+    return read
+
+
 def _add_dense(layers: list[MixtureLayer], dense: Checkpoint) -> None:
     anatomy = Anatomy(dense.skeleton)
     if anatomy.experts:
@@ -138,7 +146,7 @@ def _add_dense(layers: list[MixtureLayer], dense: Checkpoint) -> None:
         if ffn.gate is None:
             raise UserError(f"{dense.folder} cannot be compared with the experts", "its feed-forward part has no gate")
         for kind, view in (("gate", ffn.gate), ("up", ffn.up), ("down", ffn.down)):
-            layer.readers["dense", kind] = lambda v=view, k=kind: v.read(dense.get).T if k == "down" else v.read(dense.get)
+            layer.readers["dense", kind] = _matrix(dense, view, kind)
         width, own = layer.readers["dense", "gate"]().shape[1], layer.readers["0", "gate"]().shape[1]
         if width != own:
             raise UserError(f"{dense.folder} has hidden size {width} and the mixture has {own}", "their neurons cannot be compared")

@@ -1,7 +1,7 @@
 """Tables and pictures of inspect.experts."""
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from modelwright.inspect.mixture.outputs import LayerOutputs
 from modelwright.inspect.mixture.weights import Match, WeightSimilarity
 from modelwright.moe.watch import load_plot
 
+T = TypeVar("T")
+
 _MAPS = 6  # layers whose similarity maps are drawn
 _WIDE = 32  # members that a map shows
 
 
-def spread_out(indices: list[int], most: int) -> list[int]:
+def spread_out(indices: list[T], most: int) -> list[T]:
     """At most `most` of the list, the ends included."""
     if len(indices) <= most:
         return indices

@@ -61,8 +61,8 @@ class Days:
 
     def take(self, keep: np.ndarray) -> "Days":
         """The rows where `keep` is true."""
-        parts = [None if a is None else a[keep] for a in (self.temperature, self.holiday, self.group)]
-        return Days(self.day[keep], self.value[keep], *parts, self.names, self.facts)
+        temperature, holiday, group = (None if a is None else a[keep] for a in (self.temperature, self.holiday, self.group))
+        return Days(self.day[keep], self.value[keep], temperature, holiday, group, self.names, self.facts)
 
 
 def read(

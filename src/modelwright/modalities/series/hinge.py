@@ -7,6 +7,7 @@ between the neighbours of the best. The bootstrap (Kunsch 1989) resamples blocks
 independent. All resamples are solved at once from weighted sums of products: a resample is a vector of counts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,7 +76,7 @@ def fit(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> Hinge:
     return Hinge(float(c), float(slopes[0, 0]), float(slopes[0, 1]), 1 - float(left[0]) / total if total else 0.0)
 
 
-def _golden(f, low: float, high: float, start: float) -> float:
+def _golden(f: Callable[[float], float], low: float, high: float, start: float) -> float:
     """A minimum of f between low and high; `start` where that is lower."""
     first = f(start)
     a, b = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)

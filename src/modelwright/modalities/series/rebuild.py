@@ -57,8 +57,8 @@ def rebuild(model: Shaper, seen: Days, hidden: Days, totals: np.ndarray | None =
     ratio, good = ratios(seen.value, keys(seen, model.totals))
     cells = climatology(ratio[good], (seen.period("month") % 12)[good], seen.weekday[good])
     usual = cells[hidden.period("month") % 12, hidden.weekday]
-    controls = [spread(x, key, total) for x in (np.ones(len(hidden)), usual)]
-    return Rebuilt(hidden, spread(shape, key, total), *controls, beyond, model.dropped)
+    found, flat, seasonal = (spread(x, key, total) for x in (shape, np.ones(len(hidden)), usual))
+    return Rebuilt(hidden, found, flat, seasonal, beyond, model.dropped)
 
 
 def margins(model: Shaper, seen: Days) -> tuple[float, float]:
