@@ -62,7 +62,7 @@ class Lora(Technique):
             r=self.knobs.r,
             lora_alpha=self.knobs.alpha,  # type: ignore[arg-type]  # PEFT says int; it divides by the rank and takes any number
             lora_dropout=self.knobs.dropout,
-            task_type="CAUSAL_LM",
+            task_type="CAUSAL_LM" if model.can_generate() and not model.config.is_encoder_decoder else None,
             target_modules=sorted(set(modules)) or None,
             target_parameters=sorted(set(parameters)) or None,
             fan_in_fan_out=transposed,

@@ -176,10 +176,7 @@ def test_stochastic_rounding_moves_what_nearest_rounding_loses(tmp_path: Path) -
     assert 0.8 < float(ours @ want / (want @ want)) < 1.2, "along the way of the fp32 run it goes as far"
 
 
-_CAST = pytest.mark.xfail(strict=True, reason="torch casts the moments of StochasticAdamW to the type of the weights when it loads them")
-
-
-@pytest.mark.parametrize("states", [pytest.param("fp32", marks=_CAST), "bf16"])
+@pytest.mark.parametrize("states", ["fp32", "bf16"])
 def test_a_stochastic_run_that_was_resumed_is_bit_equal(states: str, tmp_path: Path) -> None:
     knobs: dict[str, Any] = {"data": rows(24), "epochs": 1, "save_every": 2, "lr": 1e-3, "states": states, **STORED}
     want = weights(go(Technique(), llama(), tmp_path / "a", **knobs).model)

@@ -12,7 +12,7 @@ from modelwright.core.data.chats import RefusedChat, Rendered, Renderer, special
 from modelwright.core.data.read import Chat, Document, Ids, Pair, Text
 from modelwright.core.errors import UserError
 
-Kind = Literal["causal", "masked", "pairs"]  # decoder, masked language model, encoder-decoder
+Kind = Literal["causal", "masked", "pairs", "ranked"]  # decoder, masked language model, encoder-decoder, reward model
 _CHARACTERS, _DOCUMENTS = 1 << 20, 1000  # of a batch
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -42,7 +42,7 @@ class Encoder:
             return
         self.end = tokenizer.eos_token_id if kind != "masked" or tokenizer.sep_token_id is None else tokenizer.sep_token_id
         around, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-        if kind == "causal" and bare:
+        if kind in ("causal", "pairs") and bare:
             self.prefix = around[: next((i for i in range(len(around)) if around[i : i + len(bare)] == bare), 0)]
         self.special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self._control = special_texts(tokenizer)
@@ -144,19 +144,32 @@ class Encoder:
     def _masked(self, rendered: list[Rendered], renderer: Renderer | None) -> Iterator[Encoded]:
         if not rendered:
             return
+        if self.kind == "pairs":
+            yield from self._two_texts(rendered)
+            return
         ids_of = self._with_offsets([r.text for r in rendered])
         for r, (ids, offsets) in zip(rendered, ids_of, strict=True):
             learnt = np.zeros(len(ids), bool)
             for begin, end in r.spans:
                 learnt |= self._span(r.text, ids, offsets, begin, end, renderer)
             self.count("documents")
-            if self.kind == "pairs" or renderer is None:
+            if renderer is None:
                 ids = np.concatenate([self.prefix, ids, [] if self.end is None else [self.end]]).astype(np.int32)
                 learnt = np.concatenate([[False] * len(self.prefix), learnt, [] if self.end is None else [True]]).astype(bool)
             if not learnt.any():
                 self.count("left out: nothing to learn")
                 continue
             yield Encoded(ids, learnt)
+
+    def _two_texts(self, rendered: list[Rendered]) -> Iterator[Encoded]:
+        """An encoder and a decoder read their texts apart: each is tokenised for itself, with what the tokenizer puts around a text."""
+        cuts = [(r.text, r.spans[0][0]) for r in rendered]
+        given, answers = self._plain([t[:at] for t, at in cuts]), self._plain([t[at:] for t, at in cuts])
+        for before, answer in zip(given, answers, strict=True):
+            self.count("documents")
+            parts = [self.prefix, before, self.prefix, answer, [] if self.end is None else [self.end]]
+            ids = np.concatenate(parts).astype(np.int32)
+            yield Encoded(ids, np.arange(len(ids)) >= len(self.prefix) + len(before))
 
     def _span(self, text: str, ids: np.ndarray, offsets: np.ndarray, begin: int, end: int, renderer: Renderer | None) -> np.ndarray:
         """Which tokens a span of characters covers, with the special token that ends it."""

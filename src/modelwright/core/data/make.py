@@ -29,7 +29,7 @@ from modelwright.core.errors import UserError
 from modelwright.core.files import disk_errors, fingerprint_path
 from modelwright.core.knobs import Data
 
-_VERSION = 2  # of the stores: raise it when the same input gives other rows
+_VERSION = 3  # of the stores: raise it when the same input gives other rows
 _BINS = 32  # that are packed together, at least
 _UNUSED_DAYS = 30
 

@@ -28,6 +28,8 @@ _RULES = [
         (r"token_type_embeddings", "segment"),
         (r"project_in", "embed.in"),
         (r"project_out", "embed.out"),
+        (r"^lm_head\.dense", "head.transform"),
+        (r"^lm_head\.layer_norm", "norm.head"),
         (r"^(lm_head|embed_out|cls\.predictions(\.decoder)?|score|classifier)", "head"),
         (r"^cls\.predictions\.transform\.dense", "head.transform"),
         (r"pooler\.dense", "pooler"),

@@ -97,6 +97,9 @@ def probe_ids(checkpoint: Checkpoint, text: Path = PROBE) -> tuple[Tensor, int, 
         return ids, 0, "random token ids (no tokenizer beside the weights)"
     whole = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     limit = int(getattr(checkpoint.hf_config, "max_position_embeddings", None) or getattr(checkpoint.hf_config, "n_positions", 0) or 512)
+    for module in checkpoint.skeleton.modules():  # RoBERTa counts its positions from padding_idx + 1
+        first = getattr(getattr(module, "position_embeddings", None), "padding_idx", None)
+        limit -= 0 if first is None else first + 1
     width = min(_PROBE_TOKENS, limit, len(whole) // _PROBE_ROWS)
     ids = torch.tensor(whole[: _PROBE_ROWS * width]).view(_PROBE_ROWS, width)
     size = sum(len(tokenizer.decode(row[1:]).encode()) for row in ids)
