@@ -21,7 +21,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from common import Cache, save
 from modelwright.core.model.checkpoint import silence_transformers
-from modelwright.core.train.loop import evaluate_rows
+from modelwright.core.train.evaluate import evaluate_rows
 from modelwright.moe.rectify import rectify
 from modelwright.moe.reroute import rerouted
 from modelwright.moe.routing import CHOSEN, Routing

@@ -24,7 +24,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from common import SHARED, Cache, save
 from modelwright.core.data.rows import Rows
 from modelwright.core.knobs import Train
-from modelwright.core.train.loop import evaluate_rows, fit
+from modelwright.core.train.evaluate import evaluate_rows
+from modelwright.core.train.loop import fit
 from modelwright.models.rmoe import RMoEConfig, RMoEForCausalLM
 from modelwright.moe.rectify import rectify
 from modelwright.moe.reroute import rerouted

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from common import SHARED, save, spread
-from modelwright.core.model.checkpoint import config_of, skeleton
+from modelwright.core.model.classes import config_of, skeleton
 
 MERGEKIT = "mergekit==0.1.5"
 EXPERTS, TOP_K = 4, 2

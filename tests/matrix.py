@@ -43,7 +43,7 @@ ROWS: dict[str, Row] = {
     ),
     "reshape.grow": Row(
         {"operator": "net2net", "depth": 2, "hidden": 64},
-        ("tests/reshape/test_grow.py", "tests/reshape/growth/test_depth.py", "tests/reshape/growth/test_width.py"),
+        ("tests/reshape/test_grow.py", "tests/reshape/growth/test_growth_depth.py", "tests/reshape/growth/test_width.py"),
         families=(*DENSE, "gpt2", "phi3", "granite"),
     ),
     "reshape.growth_plan": Row(

@@ -11,9 +11,11 @@ The base is the embedded seedling unless another folder is given. Nothing is dow
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,24 @@ def _fact(folder: Path) -> dict[str, Any]:
     return {"fact": str(folder / "fact.json")}
 
 
+def _losses(folder: Path) -> dict[str, Any]:
+    """Losses of three model sizes in two domains."""
+    losses = {"books": [3.0, 2.5, 2.2], "code": [1.5, 1.1, 0.9]}
+    (folder / "losses.json").write_text(json.dumps({"model_params": [1e8, 1e9, 1e10], "losses": losses, "targets": [3e8]}))
+    return {"losses": str(folder / "losses.json")}
+
+
+def _days(folder: Path) -> dict[str, Any]:
+    """Two years of a daily series that falls with the temperature up to 18 degrees and rises above."""
+    rows = ["date,value,temperature"]
+    for i in range(730):
+        day = date(2021, 1, 1) + timedelta(days=i)
+        warm = 14 - 10 * math.cos(2 * math.pi * i / 365) + 3 * math.sin(i * 1.7)
+        rows.append(f"{day},{100 + abs(warm - 18) * 2 - 8 * (day.weekday() > 4) + math.sin(i * 2.3):.3f},{warm:.2f}")
+    (folder / "days.csv").write_text("\n".join(rows) + "\n")
+    return {"table": str(folder / "days.csv"), "value": "value", "temperature": "temperature"}
+
+
 def _matrix(folder: Path) -> dict[str, Any]:
     (folder / "matrix.json").write_text(json.dumps({"tasks": ["a", "b", "c"], "matrix": [[90, 10, 5], [70, 80, 12], [60, 75, 85]]}))
     return {"matrix": str(folder / "matrix.json")}
@@ -199,4 +219,6 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "chains": _chains,
     "pairs": _pairs,
     "judged": _judged,
+    "losses": _losses,
+    "days": _days,
 }

@@ -172,7 +172,7 @@ def test_unknown_key_names_the_nearest_known_one(values: dict[str, Any], message
 
 
 def test_key_that_is_like_none_lists_all() -> None:
-    with pytest.raises(UserError, match="known: column, limit, path, split"):
+    with pytest.raises(UserError, match="known: chat_template, column, limit, path, refused, sources, split"):
         build(Data, {"zzzzzz": 1})
 
 

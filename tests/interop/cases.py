@@ -16,8 +16,8 @@ import modelwright
 from families import FAMILIES, model_of
 from matrix import ROWS
 from modelwright import registry
+from modelwright.core.files import fingerprint
 from modelwright.core.model.checkpoint import SEEDLING, Checkpoint
-from modelwright.core.model.lineage import fingerprint
 from modelwright.core.model.portable import make_portable
 from modelwright.core.model.writer import copy_companions
 

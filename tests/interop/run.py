@@ -32,7 +32,7 @@ from cases import PLUGIN, Case, cases, make, source  # noqa: E402
 from environments import HOME, NAMES, Absent, python_of  # noqa: E402
 from known import KNOWN  # noqa: E402
 
-from modelwright.core.model.lineage import fingerprint  # noqa: E402
+from modelwright.core.files import fingerprint  # noqa: E402
 
 WORK = HOME / "work"
 NEAR = 1e-3

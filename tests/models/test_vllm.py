@@ -29,7 +29,7 @@ def lora_moe_of(kind: str) -> Any:
     return lora_moe.packed(model, names, layers[0]).eval()
 
 
-@pytest.mark.parametrize("kind", list(lora_moe.OF))
+@pytest.mark.parametrize("kind", list(lora_moe.CLASSES))
 def test_the_served_backbone_of_a_lora_moe_gives_its_hidden_states(kind: str) -> None:
     whole = lora_moe_of(kind)
     served = vllm.backbone(type(whole.config))(whole.config).eval()
@@ -47,10 +47,10 @@ def test_the_entry_point_registers_every_class_of_ours_once_and_again(monkeypatc
     monkeypatch.setitem(sys.modules, "vllm", fake)
     vllm.register()
     vllm.register()
-    ours = {"RMoEForCausalLM", "HyperMoEForCausalLM", *(cls.__name__ for _, cls in lora_moe.OF.values())}
+    ours = {"RMoEForCausalLM", "HyperMoEForCausalLM", *(cls.__name__ for _, cls in lora_moe.CLASSES.values())}
     assert found.keys() == ours
     assert set(found.values()) == {f"modelwright.models.vllm:{n}" for n in ("TransformersMoEForCausalLM", "TransformersForCausalLM")}
-    config = lora_moe.OF["llama"][0](hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=8, intermediate_size=16)
+    config = lora_moe.CLASSES["llama"][0](hidden_size=32, num_attention_heads=4, num_hidden_layers=1, vocab_size=8, intermediate_size=16)
     assert type(AutoModel.from_config(config)) is vllm.backbone(type(config))
 
 

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from families import model_of
+from modelwright.core.errors import UserError
 from modelwright.core.model.anatomy import Anatomy, Block
-from modelwright.core.model.checkpoint import skeleton
+from modelwright.core.model.classes import skeleton
 from modelwright.core.train.freeze import Piece, halves, pieces_of, size_of, units
 from modelwright.tune.hft import Hft, Knobs
 from small import Fatal, go, moved, rows, same, weights
@@ -192,5 +193,5 @@ class Blind(Hft):
 
 @pytest.mark.parametrize(("broken", "train"), [(Loose, {"weight_decay": 0.5}), (Blind, {})])
 def test_sabotage_is_found_after_the_first_step(broken: type[Hft], train: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"hft: \d+ frozen tensors moved"):
+    with pytest.raises(UserError, match=r"hft: \d+ frozen tensors moved"):
         go(broken(Knobs()), model_of("gpt2"), tmp_path, **train)

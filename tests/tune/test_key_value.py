@@ -10,7 +10,7 @@ import transformers
 from families import FAMILIES, model_of
 from modelwright.core.errors import UserError
 from modelwright.core.model.anatomy import Anatomy
-from modelwright.core.model.checkpoint import skeleton
+from modelwright.core.model.classes import skeleton
 from modelwright.core.train.freeze import memory, size_of
 from modelwright.tune.key_value import KeyValue, Knobs
 from small import go, moved, weights

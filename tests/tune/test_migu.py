@@ -332,7 +332,7 @@ class Shut(Migu):
 
 @pytest.mark.parametrize("broken", [Deaf, Idle, Shut])
 def test_sabotage_is_found_after_the_first_step(broken: type[Migu], tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="migu: "):
+    with pytest.raises(UserError, match="migu: "):
         go(broken(Knobs(guard="update")), model_of("llama"), tmp_path)
 
 

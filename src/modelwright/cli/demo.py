@@ -22,7 +22,7 @@ from modelwright.core.model.lineage import versions
 from modelwright.core.report.page import Report, Section
 from modelwright.core.report.plots import number as short
 from modelwright.core.report.progress import choose
-from modelwright.core.train.loop import evaluate_rows
+from modelwright.core.train.evaluate import evaluate_rows
 from modelwright.moe.load import expert_load, max_violation
 from modelwright.runner.recipe import parse
 from modelwright.runner.run import run_recipe

@@ -232,7 +232,7 @@ def resolve(value: Any, root: Path) -> Any:
         return [resolve(v, root) for v in value]
     if isinstance(value, dict):
         return {k: resolve(v, root) for k, v in value.items()}
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not value:
         return value
     if Path(value).is_absolute():
         return str(expanded(value))

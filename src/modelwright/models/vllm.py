@@ -43,7 +43,7 @@ def register() -> None:
     for name in _MIXTURES:
         ModelRegistry.register_model(name, f"{__name__}:{_BACKEND}")
     AutoModel.register(HyperMoEConfig, ServedHyperMoE, exist_ok=True)
-    for config_class, model_class in lora_moe.OF.values():
+    for config_class, model_class in lora_moe.CLASSES.values():
         AutoModel.register(config_class, backbone(config_class), exist_ok=True)
         ModelRegistry.register_model(model_class.__name__, f"{__name__}:TransformersForCausalLM")
 

@@ -40,7 +40,8 @@ from torch import Tensor
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import knob
 from modelwright.core.model.anatomy import Anatomy
-from modelwright.core.model.checkpoint import Checkpoint, config_of, disk_shapes
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.classes import config_of, disk_shapes
 from modelwright.core.model.writer import Blueprint, natural
 from modelwright.reshape.growth.depth import Depth, block_of, plan, rename, settings
 from modelwright.reshape.growth.sizes import wider

@@ -30,7 +30,8 @@ from torch import Tensor
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, knob
 from modelwright.core.model.anatomy import Anatomy
-from modelwright.core.model.checkpoint import Checkpoint, config_of
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.classes import config_of
 from modelwright.core.model.writer import Blueprint
 from modelwright.moe.partition import even_sizes
 from modelwright.reshape.experts.select import captured, centres, least_squares, masses, train_mlp

@@ -8,7 +8,8 @@ from modelwright.core.data.read import Source
 from modelwright.core.knobs import Data, Train
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.certificate import Size
-from modelwright.core.model.checkpoint import Checkpoint, config_of, silence_transformers, skeleton
+from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+from modelwright.core.model.classes import config_of, skeleton
 from modelwright.core.model.writer import Blueprint
 from modelwright.runner.recipe import Recipe
 from modelwright.runner.tune import make_rows

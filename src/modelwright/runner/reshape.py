@@ -9,7 +9,8 @@ import modelwright.models  # noqa: F401 - our classes become known to the Auto c
 from modelwright import registry
 from modelwright.core.errors import UserError
 from modelwright.core.model.certificate import certify, require_same_when_reloaded
-from modelwright.core.model.checkpoint import Checkpoint, check_vocabulary, config_of, disk_shapes, silence_transformers
+from modelwright.core.model.checkpoint import Checkpoint, check_vocabulary, silence_transformers
+from modelwright.core.model.classes import config_of, disk_shapes
 from modelwright.core.model.writer import Blueprint, staging, write_model, write_tensors
 from modelwright.runner.context import Run, with_dataset
 from modelwright.runner.recipe import Step

@@ -20,8 +20,9 @@ from modelwright.core.model.certificate import certify, require_same_when_reload
 from modelwright.core.model.checkpoint import Checkpoint, check_vocabulary, silence_transformers
 from modelwright.core.model.writer import Built, as_stored, staging, write_model
 from modelwright.core.train import dist, precision
-from modelwright.core.train.loop import Outcome, fit, keeps_apart
+from modelwright.core.train.loop import Outcome, fit
 from modelwright.core.train.objective import Objective, objective_class
+from modelwright.core.train.requirements import keeps_apart
 from modelwright.core.train.technique import Technique, combine, environment
 from modelwright.core.train.trainer import forward
 from modelwright.moe.watch import domain_plot, watch

@@ -13,7 +13,8 @@ from modelwright.core.data.packing import Texts, first_fit, multipack, packed, p
 from modelwright.core.data.rows import IGNORE, Rows, collate, positions
 from modelwright.core.errors import UserError
 from modelwright.core.model.checkpoint import Checkpoint
-from modelwright.core.train.loop import evaluate_rows, require_apart
+from modelwright.core.train.evaluate import evaluate_rows
+from modelwright.core.train.requirements import require_apart
 from modelwright.core.train.technique import LossTerm, Technique
 from modelwright.core.train.trainer import forward
 from small import batches, far, go, passes, weights

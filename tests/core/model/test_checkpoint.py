@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from families import FAMILIES
 from modelwright.core.errors import UserError
-from modelwright.core.model.checkpoint import Checkpoint, config_of, disk_shapes, model_class, read_header, require_finite
+from modelwright.core.model.checkpoint import Checkpoint, read_header, require_finite
+from modelwright.core.model.classes import config_of, disk_shapes, model_class
 
 Tiny = Callable[..., Path]
 NAN = "model.layers.1.mlp.up_proj.weight"

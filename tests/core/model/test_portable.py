@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from families import FAMILIES
-from modelwright.core.model.checkpoint import SEEDLING, config_of
+from modelwright.core.model.checkpoint import SEEDLING
+from modelwright.core.model.classes import config_of
 from modelwright.core.model.portable import chat_ends, make_portable, portable_config, portable_tokenizer
 
 LLAMA3 = {

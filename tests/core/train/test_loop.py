@@ -26,7 +26,8 @@ from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, Train
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.core.train import loop as training
-from modelwright.core.train.loop import Outcome, evaluate_rows, fit, latest_state, steps_for
+from modelwright.core.train.evaluate import evaluate_rows
+from modelwright.core.train.loop import Outcome, fit, latest_state, steps_for
 from modelwright.core.train.technique import LossTerm, Technique
 from modelwright.tune import full, lora
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from modelwright.core.data.rows import IGNORE, Rows
 from modelwright.core.knobs import Train
 from modelwright.core.train import recorder as module
-from modelwright.core.train.loop import Outcome, evaluate_rows, fit
+from modelwright.core.train.evaluate import evaluate_rows
+from modelwright.core.train.loop import Outcome, fit
 from modelwright.core.train.recorder import SCHEMA, Meter, Recorder, read_dynamics
 from modelwright.core.train.technique import Technique
 
@@ -202,6 +203,7 @@ def test_sums_become_means_and_nothing_learnt_is_no_division_by_zero(tmp_path: P
         "tokens": 4,
         "lr": 0.5,
         "energy_j": None,
+        "grad_norm": None,
     }
     assert (key["train", 4]["loss"], key["train", 4]["tokens"]) == (0.0, 0)
     assert key["eval", None] == {
@@ -213,6 +215,7 @@ def test_sums_become_means_and_nothing_learnt_is_no_division_by_zero(tmp_path: P
         "tokens": 99,
         "lr": None,
         "energy_j": None,
+        "grad_norm": None,
     }
 
 

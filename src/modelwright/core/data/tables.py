@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from modelwright.core.errors import UserError, did_you_mean, short
+from modelwright.core.errors import UserError, did_you_mean, short, shown
 
 Table = tuple[list[str], Callable[[str], list[Any]]]  # column names, and a column's values
 _INTEGER = re.compile(r"-?(0|[1-9]\d{0,17})")
@@ -93,7 +93,7 @@ def numbers(values: list[Any], where: str) -> np.ndarray:
     for i, v in enumerate(values):
         finite = isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) <= 1.7e308
         if not finite:
-            raise UserError(f"row {i + 1} of {where} is {str(v)[:80]!r}", "a finite number is needed", "fix or drop the row")
+            raise UserError(f"row {i + 1} of {where} is {shown(v)}", "a finite number is needed", "fix or drop the row")
     return np.asarray(values, dtype=np.float64)
 
 

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from modelwright.core.errors import UserError
 from modelwright.core.files import disk_errors
-from modelwright.core.model.checkpoint import CODES, Checkpoint, config_of, disk_shapes, require_finite
+from modelwright.core.model.checkpoint import CODES, Checkpoint, require_finite
+from modelwright.core.model.classes import config_of, disk_shapes
 from modelwright.core.model.lineage import LINEAGE
 from modelwright.core.model.portable import card_metadata, make_portable
 

@@ -33,11 +33,13 @@ from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.train import dist, precision
-from modelwright.core.train.objective import NextToken, Objective, objective_class
+from modelwright.core.train.evaluate import evaluate_rows
+from modelwright.core.train.objective import Objective, objective_class
 from modelwright.core.train.recorder import Recorder
+from modelwright.core.train.requirements import require_apart, require_positions
 from modelwright.core.train.sight import Sight
 from modelwright.core.train.states import all_states, damaged_states, facts_of, latest_state, remove_unfinished, step_of
-from modelwright.core.train.technique import LossTerm, Technique, changed_units, checksums, combine, environment
+from modelwright.core.train.technique import Technique, changed_units, checksums, combine, environment
 from modelwright.core.train.trainer import Trainer
 
 _RECOMPUTE = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in TrainingArguments.__dataclass_fields__)
@@ -62,40 +64,6 @@ class Outcome:
     def at(self, name: str, last: bool = True) -> dict[str, Any]:
         """The first or last evaluation of one held-out text."""
         return [e for e in self.evals if e["name"] == name][-1 if last else 0]
-
-
-# ---- evaluation --------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def evaluate_rows(model: Any, rows: TokenRows, batch: int, objective: Objective | None = None) -> dict[str, float]:
-    """Mean loss of the targets in nats, and bits per byte of the text where its bytes are known (tokens per byte of the whole times bits
-    per token). Weights of the rows say what counts, not how much. Several processes share the batches."""
-    training, term = model.training, LossTerm()
-    objective, own = objective or NextToken(model), objective is None
-    if own:
-        objective.install(model)
-    model.eval()
-    full = PaddedDataset(rows, batch * dist.world())
-    sums: dict[str, Tensor] = {}
-
-    def add(name: str, total: Any, count: Any) -> None:
-        pair = torch.tensor([float(total), float(count)], dtype=torch.float64)
-        sums[name] = sums.get(name, torch.zeros(2, dtype=torch.float64)) + pair
-
-    for i in range(batch * dist.rank(), len(full), batch * dist.world()):
-        b = {k: v.to(model.device) for k, v in objective.collate([full[j] for j in range(i, i + batch)]).items()}
-        b.pop("weights", None)
-        outputs = objective.forward(model, b, term.weights(b))
-        add("loss", outputs.total, term.count(b))
-        for name, (total, count) in objective.further(b, outputs).items():
-            add(name, total, count)
-    if own:
-        objective.remove()
-    dist.reshard(model)
-    model.train(training)
-    flat = dist.sum_over_ranks(*[v for pair in sums.values() for v in pair])
-    means = {n: float(flat[2 * k]) / max(float(flat[2 * k + 1]), 1) for k, n in enumerate(sums)}
-    bits = {"bits_per_byte": means["loss"] / math.log(2) * rows.tokens / rows.bytes} if rows.bytes and objective.kind == "causal" else {}
-    return means | {"tokens": int(flat[1])} | bits
 
 
 def steps_for(rows: TokenRows, train: Train) -> int:
@@ -386,45 +354,6 @@ class _graceful:
     def __exit__(self, *error: object) -> None:
         if self.usable:
             signal.signal(signal.SIGINT, self.before)
-
-
-# ---- requirements ------------------------------------------------------------------------------------------------------
-def require_positions(model: Any, rows: TokenRows) -> None:
-    """UserError for rows that are longer than the positions of the model."""
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    if limit and rows.width > limit and not model.config.is_encoder_decoder:
-        raise UserError(f"context={rows.width} is longer than the model's {limit} positions", how="lower train.context")
-
-
-@torch.no_grad()
-def keeps_apart(model: Any) -> bool:
-    """Whether the model keeps two texts of one row apart when it is given their position ids."""
-    training, device = model.training, model.device
-    model.eval()
-    ids = torch.tensor([[3, 4, 5, 6, 7, 8]], device=device) % model.config.get_text_config().vocab_size
-    places = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
-    try:
-        together = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 3:]
-    except (TypeError, ValueError):  # it takes no position ids
-        return False
-    finally:
-        model.train(training)
-    model.eval()
-    alone = model(input_ids=ids[:, 3:], use_cache=False).logits
-    model.train(training)
-    return torch.allclose(
-        together.float(), alone.float(), atol=(1e-4 if alone.dtype == torch.float32 else 3e-2) * float(alone.abs().max() + 1)
-    )
-
-
-def require_apart(model: Any) -> None:
-    """UserError unless the model keeps two texts of one row apart."""
-    if not keeps_apart(model):
-        raise UserError(
-            f"{type(model).__name__} mixes the texts of a packed row",
-            "it makes no attention mask from position ids",
-            "set train.packing: no",
-        )
 
 
 def _dynamics(folder: Path, rank: int) -> Path:

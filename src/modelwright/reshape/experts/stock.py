@@ -17,7 +17,8 @@ from torch import Tensor
 
 from modelwright.core.errors import UserError
 from modelwright.core.model.anatomy import Anatomy
-from modelwright.core.model.checkpoint import Checkpoint, config_of, disk_shapes
+from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.model.classes import config_of, disk_shapes
 
 _SHARED = (
     "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act max_position_embeddings "
