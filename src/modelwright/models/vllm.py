@@ -82,6 +82,12 @@ def refuse(config: Any, parallel: Any) -> None:
 class ServedLayer(nn.Module):
     """LoraMoeLinear for inference, with the same parameters under the same names, and no nn.Linear."""
 
+    weight: Tensor
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_route: Tensor
+
     def __init__(self, layer: LoraMoeLinear):
         super().__init__()
         for name in ("weight", "bias", "lora_A", "lora_B", "lora_route"):
@@ -98,7 +104,7 @@ class ServedLayer(nn.Module):
 class PlainLinear(nn.Module):
     """A linear layer that is no nn.Linear and so keeps its weight where it is."""
 
-    def __init__(self, layer: nn.Linear):
+    def __init__(self, layer: Any):
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
 

@@ -311,7 +311,7 @@ def _publish(r: Run, result: Result, to: Path) -> None:
             result.steps,
             rows,
             result.certificate["loads_in"],
-            recipe.base and locate(recipe.base),
+            locate(recipe.base) if recipe.base else None,
         )
     result.report.recipe = recipe.as_yaml()
     result.report.facts |= {"result": str(to), "seed": recipe.seed, **lineage["versions"]}

@@ -151,8 +151,8 @@ class CRlft(Technique):
         return kept, facts
 
     def settings(self, rows: TokenRows, train: Train) -> Train:
-        assert isinstance(rows, Rows)
-        learnt = int((rows.labels[:, 1:] >= 0).sum()) / len(rows) * train.batch * train.accumulate * dist.world()
+        count = int((rows.labels[:, 1:] >= 0).sum()) if isinstance(rows, Rows) else rows.tokens - len(rows)  # of plain text all is learnt
+        learnt = count / len(rows) * train.batch * train.accumulate * dist.world()
         self._rule = learning_rate(learnt)
         return replace(train, lr=self._rule) if self.knobs.lr_rule else train
 

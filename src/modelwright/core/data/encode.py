@@ -167,7 +167,7 @@ class Encoder:
         given, answers = self._plain([t[:at] for t, at in cuts]), self._plain([t[at:] for t, at in cuts])
         for before, answer in zip(given, answers, strict=True):
             self.count("documents")
-            parts = [self.prefix, before, self.prefix, answer, [] if self.end is None else [self.end]]
+            parts: list[Any] = [self.prefix, before, self.prefix, answer, [] if self.end is None else [self.end]]
             ids = np.concatenate(parts).astype(np.int32)
             yield Encoded(ids, np.arange(len(ids)) >= len(self.prefix) + len(before))
 

@@ -157,7 +157,7 @@ def _write_store(part: Path, source: Source, tokenizer: Any, kind: Kind) -> None
         if piece.learnt is not None:
             learnt = np.flatnonzero(piece.learnt[1:])
             firsts.append(int(learnt[0]) + 1 if len(learnt) else np.iinfo(np.int32).max)
-    counts = {"format": source.format, "documents": encoder.counts.pop("documents", 0), **source.counts, **encoder.counts}
+    counts: dict[str, Any] = {"format": source.format, "documents": encoder.counts.pop("documents", 0), **source.counts, **encoder.counts}
     if not writer.tokens:
         writer.close({})
         raise UserError(

@@ -192,7 +192,7 @@ def continuations(model: Any, prompts: list[list[int]], tokens: int = 40) -> lis
     if not prompts or not model.can_generate() or model.config.is_encoder_decoder:
         return [[] for _ in prompts]
     model.eval()
-    found = []
+    found: list[list[int]] = []
     for p in prompts:
         if max(p) >= int(model.config.get_text_config().vocab_size):  # a token that this model does not know
             found.append([])

@@ -63,10 +63,11 @@ def train_mlp(
 ) -> MlpRouter:
     """Fit the MLP router to inputs x (n, d) and masses (n, E); the best epoch is kept."""
     n, e = len(x), mass.shape[1]
-    net = nn.Sequential(nn.Linear(x.shape[1], e, bias=False), nn.Tanh(), nn.Linear(e, e, bias=False))
+    first, last = nn.Linear(x.shape[1], e, bias=False), nn.Linear(e, e, bias=False)
+    net = nn.Sequential(first, nn.Tanh(), last)
     with torch.no_grad():
-        net[0].weight.copy_(start)
-        net[2].weight.copy_(torch.eye(e))
+        first.weight.copy_(start)
+        last.weight.copy_(torch.eye(e))
     x, split, g = unit(x), max(1, n - max(1, n // 10)), generator(seed, "mlp", layer)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
     best, kept = -1.0, net.state_dict()

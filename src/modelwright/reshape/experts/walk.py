@@ -57,7 +57,8 @@ def walk(source: Checkpoint, ids: Tensor | None, batch: int = 8) -> Iterator[Ste
         seen = None if state is None else _pass(source, b, state, rope, batch)  # its copy of the block is gone before the next line
         ffn = anatomy.ffn(b)
         assert ffn.gate is not None
-        yield Step(b, *(v.read(source.get).float() for v in (ffn.gate, ffn.up, ffn.down)), ffn_input=seen)
+        gate, up, down = (v.read(source.get).float() for v in (ffn.gate, ffn.up, ffn.down))
+        yield Step(b, gate, up, down, ffn_input=seen)
 
 
 def _embed(source: Checkpoint, anatomy: Anatomy, ids: Tensor) -> Tensor:
