@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common import SHARED, Clock, save
-from modelwright.core.job import Job
+from modelwright.core.step import StepContext
 from modelwright.modalities.backcast import Backcaster
 from modelwright.modalities.critical_temperature import Knobs as CriticalKnobs
 from modelwright.modalities.critical_temperature import critical_temperature
@@ -93,7 +93,7 @@ def main() -> None:
             best[totals, shape] = found
             print(rows[-1], flush=True)
         rows += [row(totals, control, found, control) for control in ("month and weekday", "flat")]
-    job = Job(Path("."))
+    job = StepContext(Path("."))
     m = critical_temperature(CriticalKnobs(table=str(FILE), **COLUMNS), job).metrics
     single = critical_temperature(CriticalKnobs(table=str(FILE), block=1, **COLUMNS), job).metrics
     o = m["others"]

@@ -88,7 +88,7 @@ def test_imports_inside_the_kernel_run_down(file: Path) -> None:
     if allowed is None:
         return
     for module in _imports(_tree(file)):
-        if module.startswith("modelwright.core.") and module.split(".")[2] in {*INSIDE_CORE, "errors", "knobs", "files", "job"}:
+        if module.startswith("modelwright.core.") and module.split(".")[2] in {*INSIDE_CORE, "errors", "knobs", "files", "step"}:
             assert module.split(".")[2] in allowed, f"{file.name} imports {module}"
 
 

@@ -10,10 +10,10 @@ import torch
 
 from families import model_of
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Data
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.inspect.depth import Knobs, angles, depth, gradient_norms, mean_loss, skipped, states_of
 
 IDS = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -23,8 +23,8 @@ def blocks_of(model: Any) -> list[Any]:
     return [b.module for b in Anatomy(model).blocks]
 
 
-def inspect(base: Path, folder: Path, **knobs: Any) -> Finding:
-    return depth(Knobs(**knobs), Job(folder, source=Checkpoint(base)))
+def inspect(base: Path, folder: Path, **knobs: Any) -> EvalResult:
+    return depth(Knobs(**knobs), StepContext(folder, source=Checkpoint(base)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "mixtral"])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from modelwright.cli import app as cli
 from modelwright.core.errors import UserError
-from modelwright.core.job import Job
+from modelwright.core.step import StepContext
 from modelwright.inspect.scaling_law import Knobs, fit, scaling_law
 
 SIZES = [6738415616, 13015864320, 68976648192]
@@ -77,9 +77,9 @@ def write(folder: Path, **raw: Any) -> Knobs:
 )
 def test_losses_without_a_law_are_refused(raw: dict, word: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=word):
-        scaling_law(write(tmp_path, **raw), Job(tmp_path))
+        scaling_law(write(tmp_path, **raw), StepContext(tmp_path))
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file"):
-        scaling_law(Knobs(losses=str(tmp_path / "none.json")), Job(tmp_path))
+        scaling_law(Knobs(losses=str(tmp_path / "none.json")), StepContext(tmp_path))

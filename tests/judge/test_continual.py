@@ -9,10 +9,10 @@ import pytest
 
 from modelwright import registry
 from modelwright.core.errors import UserError
-from modelwright.core.job import Job
 from modelwright.core.knobs import Train
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.core.report.plots import draw
+from modelwright.core.step import StepContext
 from modelwright.core.train.technique import Technique
 from modelwright.judge.continual import Knobs, Run, Task, continual, found, read, read_task
 from modelwright.judge.tasks import sequence
@@ -21,7 +21,7 @@ from modelwright.judge.tasks.sequence import Learner
 
 def measured(raw: Any, folder: Path) -> dict[str, Any]:
     (folder / "runs.json").write_text(json.dumps(raw))
-    return continual(Knobs(matrix=str(folder / "runs.json")), Job(folder)).metrics
+    return continual(Knobs(matrix=str(folder / "runs.json")), StepContext(folder)).metrics
 
 
 # ---- measures --------------------------------------------------------------------------------------------------------
@@ -64,11 +64,11 @@ def test_trace_performance_of_the_last_stage_is_the_average_accuracy() -> None:
 @pytest.mark.parametrize("stage", [{"task": "b"}, {"task": "b", "per": None}, {"task": "b", "per": {}}, {"task": "b", "per": {"b": 50}}])
 def test_stage_without_scores_gives_none_and_no_crash(stage: dict[str, Any], tmp_path: Path) -> None:
     first, last = {"task": "a", "per": {"a": 90}}, {"task": "c", "per": {"a": 80, "b": 40, "c": 70}}
-    finding = continual(Knobs(matrix=str(_json(tmp_path, {"one": {"1": first, "2": stage, "3": last}}))), Job(tmp_path))
+    finding = continual(Knobs(matrix=str(_json(tmp_path, {"one": {"1": first, "2": stage, "3": last}}))), StepContext(tmp_path))
     of, known = finding.metrics["one"], "b" in (stage.get("per") or {})
     assert of["AA"] == pytest.approx(190 / 3) and of["OP"] == [90, None, pytest.approx(190 / 3)]
     assert of["BWT"] == (-10 if known else None) and (of["LA"] is None) != known
-    finding = continual(Knobs(matrix=str(_json(tmp_path, {"one": {"1": first, "2": last, "3": stage}}))), Job(tmp_path))
+    finding = continual(Knobs(matrix=str(_json(tmp_path, {"one": {"1": first, "2": last, "3": stage}}))), StepContext(tmp_path))
     assert finding.metrics["one"]["AA"] is None and finding.tiles[0][0] == "unknown"
     assert "<svg" in draw(finding.plots[-1]) and None in finding.plots[-1]["values"][0]
 
@@ -116,7 +116,7 @@ def _json(folder: Path, raw: Any) -> Path:
 )
 def test_what_is_no_matrix_is_refused(raw: Any, match: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=match):
-        continual(Knobs(matrix=str(_json(tmp_path, raw))), Job(tmp_path))
+        continual(Knobs(matrix=str(_json(tmp_path, raw))), StepContext(tmp_path))
 
 
 # ---- a sequence of tasks ---------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def sequence_of(
 
     settings = Knobs(**{"tasks": tasks, "tune": tune, "train": TRAIN} | knobs)
     folder.mkdir(exist_ok=True)
-    return continual(settings, Job(folder, source=Checkpoint(stories), technique=technique)).metrics[tune]
+    return continual(settings, StepContext(folder, source=Checkpoint(stories), technique=technique)).metrics[tune]
 
 
 @pytest.mark.parametrize("tune", ["full", "migu", "hft", "lora"])
@@ -260,7 +260,7 @@ def test_sentences_longer_than_the_context_lose_their_end_never_the_label_and_ar
     rows = [{"sentence": "word " * n, "label": "Good"} for n in (2, 2, 200)]
     long = _json(tmp_path, {"train": rows, "test": rows[1:], "labels": ["Good", "Bad"]})
     (tmp_path / "a").mkdir()
-    job = Job(tmp_path / "a", source=Checkpoint(stories), technique=registry.techniques_named)
+    job = StepContext(tmp_path / "a", source=Checkpoint(stories), technique=registry.techniques_named)
     finding = continual(Knobs(tasks=[str(long), tasks[1]], train=replace(TRAIN, context=64)), job)
     assert finding.metrics["full"]["cut"][0] == {"train": 1, "test": 1}
     assert finding.tables[1]["rows"][0] == ["full", "some", 1, 1]
@@ -311,7 +311,7 @@ def test_sequence_of_one_task_and_a_way_that_makes_its_own_rows_are_refused(stor
     with pytest.raises(UserError, match="did you mean 'tune.hft'"):
         sequence_of(tmp_path / "c", stories, tasks, "hftt")
     with pytest.raises(UserError, match="neither a matrix nor a model"):
-        continual(Knobs(tasks=tasks), Job(tmp_path))
+        continual(Knobs(tasks=tasks), StepContext(tmp_path))
     with pytest.raises(UserError, match="an answer alone has"):
         sequence_of(tmp_path / "d", stories, tasks, train=Train(context=8))
 

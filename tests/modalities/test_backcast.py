@@ -152,11 +152,11 @@ def test_negative_months_are_named(tmp_path: Path) -> None:
 
 
 def test_victoria_is_reconstructed_from_monthly_and_from_yearly_totals(shared: Path, tmp_path: Path) -> None:
-    from modelwright.core.job import Job
+    from modelwright.core.step import StepContext
 
     file = shared / "co2_vic_electricity" / "vic_electricity.csv"
     names = {"value": "Demand", "temperature": "Temperature", "date": "Date", "holiday": "Holiday"}
-    found = {t: backcast(Knobs(table=str(file), hide=[2012], totals=t, **names), Job(tmp_path)).metrics for t in ("month", "year")}
+    found = {t: backcast(Knobs(table=str(file), hide=[2012], totals=t, **names), StepContext(tmp_path)).metrics for t in ("month", "year")}
     assert found["month"]["r2"] >= 0.92 and found["year"]["r2"] >= 0.88
     assert [round(found["month"][k]["r2"], 2) for k in ("flat", "climatology")] == [0.31, 0.59]
     assert max(m["mass_error"] for m in found.values()) < 1e-12

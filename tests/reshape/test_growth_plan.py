@@ -6,14 +6,14 @@ import pytest
 
 from modelwright.cli import app as cli
 from modelwright.core.errors import UserError
-from modelwright.core.job import Job
+from modelwright.core.step import StepContext
 from modelwright.reshape.growth_plan import Knobs, growth_plan, speed_up
 
 PUBLISHED = [(8e9, 15e12, 6.58), (7e9, 2e12, 11.11), (13e9, 2e12, 15.84), (70e9, 2e12, 42.48)]
 
 
 def plan(tmp_path, **knobs):
-    return growth_plan(Knobs(**knobs), Job(tmp_path))
+    return growth_plan(Knobs(**knobs), StepContext(tmp_path))
 
 
 @pytest.mark.parametrize(("params", "tokens", "billions"), PUBLISHED)

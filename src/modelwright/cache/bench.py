@@ -23,9 +23,9 @@ from modelwright.cache.evictors.names import METHODS, named
 from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
 from modelwright.core.errors import UserError, did_you_mean
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Data, knob
 from modelwright.core.numbers.stats import bootstrap_mean, wilson
+from modelwright.core.step import EvalResult, StepContext
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Knobs:
     batch: int = knob(8, "rows per forward pass", low=1)
 
 
-def bench(knobs: Knobs, job: Job) -> Finding:
+def bench(knobs: Knobs, job: StepContext) -> EvalResult:
     """Measure the methods on one checkpoint. Raises UserError where text, tasks or budgets do not fit it."""
     names = knobs.methods or list(METHODS)
     for name in knobs.settings:
@@ -79,7 +79,7 @@ def bench(knobs: Knobs, job: Job) -> Finding:
     return _finding(knobs, rows, left, 0 if ids is None else len(ids))
 
 
-def _measure(knobs: Knobs, job: Job, model: Any, ids: torch.Tensor | None, method: Any, base: Any) -> tuple[dict[str, Any], Any]:
+def _measure(knobs: Knobs, job: StepContext, model: Any, ids: torch.Tensor | None, method: Any, base: Any) -> tuple[dict[str, Any], Any]:
     row: dict[str, Any] = {}
     if ids is not None:
         found = continued(model, ids, knobs.context, method, knobs.batch)
@@ -105,7 +105,7 @@ def _items(knobs: Knobs, model: Any, task: str, n: int, seed: int) -> Items:
     return make(task, n, knobs.context, torch.arange(vocab)[-min(vocab - 4, 4096) :], seed)
 
 
-def _ids(knobs: Knobs, job: Job) -> torch.Tensor:
+def _ids(knobs: Knobs, job: StepContext) -> torch.Tensor:
     length = knobs.context + knobs.continuation
     vocab = int(job.source.hf_config.get_text_config().vocab_size)
     found = tokenize(read(knobs.data), job.source.tokenizer(), vocab, length)
@@ -115,7 +115,7 @@ def _ids(knobs: Knobs, job: Job) -> torch.Tensor:
     return whole[np.linspace(0, len(whole) - 1, min(knobs.rows, len(whole))).astype(int)].long()
 
 
-def _finding(knobs: Knobs, rows: dict[tuple[str, float], dict[str, Any]], left: dict[str, str], texts: int) -> Finding:
+def _finding(knobs: Knobs, rows: dict[tuple[str, float], dict[str, Any]], left: dict[str, str], texts: int) -> EvalResult:
     full = rows["full cache", 1.0]
     tables: list[dict[str, Any]] = []
     plots: list[dict[str, Any]] = []
@@ -158,7 +158,7 @@ def _finding(knobs: Knobs, rows: dict[tuple[str, float], dict[str, Any]], left: 
         least = min(k for _, k in rows)
         name, r = min(((n, r) for (n, k), r in rows.items() if k == least), key=lambda x: x[1]["rise"])
         tiles = [(f"{r['rise']:+.3f}", f"nats per token with {least:.0%} of the cache", f"{name}, the best of those measured")]
-    return Finding(metrics, " ".join(said), tiles, tables, plots)
+    return EvalResult(metrics, " ".join(said), tiles, tables, plots)
 
 
 def _plot(rows: dict[tuple[str, float], dict[str, Any]], key: str, title: str, unit: str) -> dict[str, Any]:

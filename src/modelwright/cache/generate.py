@@ -19,9 +19,9 @@ from modelwright.cache.engine.evict import evict
 from modelwright.cache.engine.measure import fits_context, nbytes
 from modelwright.cache.evictors.names import named
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.core.model.checkpoint import check_vocabulary
+from modelwright.core.step import EvalResult, StepContext
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Knobs:
     compare: bool = knob(False, "also answer with the full cache")
 
 
-def generate(knobs: Knobs, job: Job) -> Finding:
+def generate(knobs: Knobs, job: StepContext) -> EvalResult:
     """Answer one prompt. Raises UserError for a prompt, a model or a budget that does not fit."""
     from transformers import GenerationConfig
 
@@ -89,7 +89,7 @@ def _last(model: Any) -> dict[str, int]:
     return {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
 
-def _ready(knobs: Knobs, job: Job) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
+def _ready(knobs: Knobs, job: StepContext) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     if (knobs.prompt is None) == (knobs.prompt_file is None):
         raise UserError("one prompt is needed", how="give --prompt-file FILE or --prompt TEXT")
     if knobs.question is not None and knobs.beams > 1:
@@ -116,7 +116,7 @@ def _ready(knobs: Knobs, job: Job) -> tuple[Any, Any, torch.Tensor, torch.Tensor
 
 def _finding(
     knobs: Knobs, tokenizer: Any, prompt: int, question: int, written: list[int], held: int, full: tuple[list[int], int] | None
-) -> Finding:
+) -> EvalResult:
     text = tokenizer.decode(written, skip_special_tokens=True)
     metrics: dict[str, Any] = {
         "text": text,
@@ -138,7 +138,7 @@ def _finding(
             (f"{same} of {len(full[0])}", "tokens alike from the start", ""),
         ]
     table = {"title": "Answers", "columns": ["cache", "text"], "rows": answers, "prose": True}
-    return Finding(metrics, f"{knobs.evict} kept {_budget(knobs)}.", tiles, [table])
+    return EvalResult(metrics, f"{knobs.evict} kept {_budget(knobs)}.", tiles, [table])
 
 
 def _budget(knobs: Knobs) -> str:

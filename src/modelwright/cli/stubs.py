@@ -101,7 +101,7 @@ MEASURE = (
     _HEAD
     + '''from dataclasses import dataclass
 
-from modelwright.core.job import Finding, Job
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.core.knobs import knob
 
 
@@ -110,11 +110,11 @@ class Knobs:
     limit: int = knob(100, "use at most this many items", low=1)
 
 
-def {name}(knobs: Knobs, job: Job) -> Finding:
+def {name}(knobs: Knobs, job: StepContext) -> EvalResult:
     """Measure, and say what came out: metrics for scripts, a sentence, tiles, tables and plots for people."""
     items = [len(name) for name in (job.source.table if job.source else ("one", "two"))][: knobs.limit]
     mean = sum(items) / len(items)
-    return Finding({{"items": len(items), "mean": mean}}, f"{{len(items)}} items, {{mean:.1f}} in the mean.")
+    return EvalResult({{"items": len(items), "mean": mean}}, f"{{len(items)}} items, {{mean:.1f}} in the mean.")
 
 
 METHOD = {name}

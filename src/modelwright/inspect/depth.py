@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Data, knob
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.certificate import probe_ids
 from modelwright.core.numbers.stats import spearman
+from modelwright.core.step import EvalResult, StepContext
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Knobs:
     drops: bool = knob(True, "measure the loss without each block")
 
 
-def depth(knobs: Knobs, job: Job) -> Finding:
+def depth(knobs: Knobs, job: StepContext) -> EvalResult:
     """The three measures for every block. Raises UserError for a model with an encoder, or a text that is too short."""
     if job.source.hf_config.is_encoder_decoder:
         raise UserError(
@@ -68,7 +68,7 @@ def depth(knobs: Knobs, job: Job) -> Finding:
     return _finding(loss, angles(states), gradients, drops or None, ids)
 
 
-def _ids(knobs: Knobs, job: Job) -> Tensor:
+def _ids(knobs: Knobs, job: StepContext) -> Tensor:
     """Whole rows, (N, T)."""
     if not knobs.data.path:
         return probe_ids(job.source)[0][: knobs.rows, : knobs.context]
@@ -162,7 +162,7 @@ def skipped(block: nn.Module) -> Iterator[None]:
             h.remove()
 
 
-def _finding(loss: float, angle: Tensor, gradients: list[float] | None, drops: list[float] | None, ids: Tensor) -> Finding:
+def _finding(loss: float, angle: Tensor, gradients: list[float] | None, drops: list[float] | None, ids: Tensor) -> EvalResult:
     steps = angle[:, 0].tolist()  # the angle that each block turns the state by
     blocks = range(len(steps))
     metrics: dict[str, Any] = {
@@ -192,7 +192,7 @@ def _finding(loss: float, angle: Tensor, gradients: list[float] | None, drops: l
                          "groups": [str(i) for i in blocks], "series": {"rise": drops}})  # fmt: skip
     rows = [[str(i), f"{gradients[i]:.4g}" if gradients else "", f"{steps[i]:.4f}", f"{drops[i]:+.4f}" if drops else ""] for i in blocks]
     columns = ["block", "gradient norm", "angular distance", "rise of the loss without it"]
-    return Finding(metrics, " ".join(said), tables=[{"title": "Blocks", "columns": columns, "rows": rows}], plots=plots)
+    return EvalResult(metrics, " ".join(said), tables=[{"title": "Blocks", "columns": columns, "rows": rows}], plots=plots)
 
 
 METHOD = depth

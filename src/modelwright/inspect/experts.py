@@ -30,9 +30,9 @@ from modelwright.core.data.make import tokenize
 from modelwright.core.data.read import read
 from modelwright.core.data.rows import Rows
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Data, knob
 from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.inspect.mixture import pages
 from modelwright.inspect.mixture.advice import Advice, advise, mean_pair
 from modelwright.inspect.mixture.layers import KINDS, MixtureLayer, mixture_layers
@@ -56,7 +56,7 @@ class Knobs:
     routing: str | None = knob(None, "recorded routing counts: csv, or a folder with expert_counts.csv", path=True)
 
 
-def experts(knobs: Knobs, job: Job) -> Finding:
+def experts(knobs: Knobs, job: StepContext) -> EvalResult:
     """Measure, draw and advise. Raises UserError where there is nothing to measure or the model is no mixture."""
     if knobs.routing:
         return _recorded(Path(knobs.routing))
@@ -82,7 +82,9 @@ def _rows(knobs: Knobs, data: Data, source: Checkpoint) -> Rows:
     return rows.split(max(1, knobs.tokens // context))[0]
 
 
-def _weights(knobs: Knobs, job: Job, layers: list[MixtureLayer]) -> tuple[dict[int, WeightSimilarity], dict[int, dict[str, list[Match]]]]:
+def _weights(
+    knobs: Knobs, job: StepContext, layers: list[MixtureLayer]
+) -> tuple[dict[int, WeightSimilarity], dict[int, dict[str, list[Match]]]]:
     found, matches = {}, {}
     matched = {x.index for x in _matched(knobs, layers)}
     with job.progress.task("inspect.experts: weights", len(layers)) as tick:
@@ -108,7 +110,7 @@ def _matched(knobs: Knobs, layers: list[MixtureLayer]) -> list[MixtureLayer]:
 
 
 def _outputs(
-    knobs: Knobs, job: Job, layers: list[MixtureLayer], rows: Rows | None, domains: dict[str, Rows]
+    knobs: Knobs, job: StepContext, layers: list[MixtureLayer], rows: Rows | None, domains: dict[str, Rows]
 ) -> tuple[dict[int, LayerOutputs], dict[str, torch.Tensor], list[str]]:
     """D1 to D4 by layer, slots (layers, E) by domain, and the first tokens as words."""
     if rows is None and not domains:
@@ -136,7 +138,7 @@ def _finding(
     loads: dict[str, torch.Tensor],
     words: list[str],
     advice: list[Advice],
-) -> Finding:
+) -> EvalResult:
     metrics: dict[str, Any] = {
         "layers": {str(i): _layer_metrics(w, matches.get(i, {}), outputs.get(i)) for i, w in weights.items()},
         "r2": _mean_r2(weights, None),
@@ -164,7 +166,7 @@ def _finding(
     if outputs:
         angle = sum(mean_pair(o.angle / o.tokens, o.experts) for o in outputs.values()) / len(outputs)
         tiles.append((f"{angle:.3f}", "angular similarity of the outputs", "0.5: at right angles"))
-    return Finding(metrics, said, tiles, tables, plots)
+    return EvalResult(metrics, said, tiles, tables, plots)
 
 
 def _tokens(loads: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -218,7 +220,7 @@ def _plain(table: torch.Tensor) -> Any:
     return [_plain(t) for t in table]
 
 
-def _recorded(path: Path) -> Finding:
+def _recorded(path: Path) -> EvalResult:
     """The divergence between domains from recorded counts."""
     counts, domains, absent = read_counts(path)
     metrics = routing_metrics(counts, domains, absent)
@@ -231,7 +233,7 @@ def _recorded(path: Path) -> Finding:
     series = {m: [[i, b] for i, b in enumerate(r["layers"])] for m, r in models.items()}
     plots = [{"kind": "line", "title": "Divergence of the routing between domains", "x": "layer", "y": "bits", "series": series}]
     words = "; ".join(f"{m} {r['divergence_bits']:.3f}" for m, r in models.items())
-    return Finding(metrics, f"Mean divergence over the layers in bits: {words}.", tables=tables, plots=plots)
+    return EvalResult(metrics, f"Mean divergence over the layers in bits: {words}.", tables=tables, plots=plots)
 
 
 METHOD = experts

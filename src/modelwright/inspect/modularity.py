@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.core.numbers.stats import spearman
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.inspect.functions import pages
 from modelwright.inspect.functions.examples import Site, SubFunction, predict, read_examples, sites
 from modelwright.inspect.functions.groups import best_neurons, functional_experts, overlap, random_partitions
@@ -61,11 +61,11 @@ class Knobs:
     checkpoints: list[str] = knob([], "stabilisation: earlier checkpoints of the base, in order", path=True)
 
 
-def modularity(knobs: Knobs, job: Job) -> Finding:
+def modularity(knobs: Knobs, job: StepContext) -> EvalResult:
     """The recorded figures, or a model's own. Raises UserError where neither was given."""
     if knobs.published:
         found = published(Path(knobs.published))
-        return Finding(found, pages.published_sentence(found), tables=pages.published_tables(found), plots=pages.published_plots(found))
+        return EvalResult(found, pages.published_sentence(found), tables=pages.published_tables(found), plots=pages.published_plots(found))
     if job.source is None or not knobs.examples:
         missing = "--examples FILE" if job.source is not None else "--base MODEL and --examples FILE, or --published FOLDER"
         raise UserError("there is nothing to measure", "labelled examples show what a neuron tells apart", f"give {missing}")
@@ -91,7 +91,7 @@ def modularity(knobs: Knobs, job: Job) -> Finding:
     if before:
         metrics["stabilisation"] = _stabilise(knobs, job, before, functions, scores, labels)
     tables, plots = pages.own_tables(metrics), pages.own_plots(metrics)
-    return Finding(metrics, pages.own_sentence(metrics), pages.own_tiles(metrics), tables, plots)
+    return EvalResult(metrics, pages.own_sentence(metrics), pages.own_tiles(metrics), tables, plots)
 
 
 def _like(other: Checkpoint, source: Checkpoint) -> Checkpoint:
@@ -117,7 +117,7 @@ def _experts(model: Any, source: Checkpoint, experts: int, seed: int) -> dict[in
     return found
 
 
-def _score(knobs: Knobs, job: Job, model: Any, functions: list[SubFunction], title: str) -> dict[str, Scores]:
+def _score(knobs: Knobs, job: StepContext, model: Any, functions: list[SubFunction], title: str) -> dict[str, Scores]:
     found = {}
     places: list[Site] = sites(model)
     with job.progress.task(title, len(functions)) as tick:
@@ -186,7 +186,7 @@ def _overlap(ours: list[str], theirs: list[str], scores: dict[str, Scores]) -> f
 
 
 def _perturb(
-    knobs: Knobs, job: Job, model: Any, functions: list[SubFunction], scores: dict[str, Scores], labels: dict[int, np.ndarray]
+    knobs: Knobs, job: StepContext, model: Any, functions: list[SubFunction], scores: dict[str, Scores], labels: dict[int, np.ndarray]
 ) -> dict[str, Any]:
     """Rise of the loss on each function's texts (label 1), by share: its best neurons, experts, and random neurons."""
     if model.config.is_encoder_decoder or any(s.labels is not None for s in sites(model)) or not _predicts(model):
@@ -227,7 +227,12 @@ def _predicts(model: Any) -> bool:
 
 
 def _stabilise(
-    knobs: Knobs, job: Job, before: list[Checkpoint], functions: list[SubFunction], last: dict[str, Scores], labels: dict[int, np.ndarray]
+    knobs: Knobs,
+    job: StepContext,
+    before: list[Checkpoint],
+    functions: list[SubFunction],
+    last: dict[str, Scores],
+    labels: dict[int, np.ndarray],
 ) -> dict[str, Any]:
     """By level and interval the mean correlation over sub-functions and layers, for neurons, experts and random groups."""
     rng = np.random.default_rng(job.seed)

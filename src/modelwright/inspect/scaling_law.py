@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
+from modelwright.core.step import EvalResult, StepContext
 
 _LOW, _HIGH = 1e-4, 4.0  # range of b
 
@@ -89,7 +89,7 @@ def _golden(f: Any, low: float, high: float) -> float:
     return (low + high) / 2
 
 
-def scaling_law(knobs: Knobs, job: Job) -> Finding:
+def scaling_law(knobs: Knobs, job: StepContext) -> EvalResult:
     """The law of each domain and its losses at the targets, compared with known ones where the file has them."""
     sizes, losses, known = _read(Path(knobs.losses), knobs.targets)
     laws = {domain: fit(sizes, values) for domain, values in losses.items()}
@@ -145,7 +145,7 @@ def _finding(
     laws: dict[str, Law],
     predicted: dict[str, dict[str, float]],
     metrics: dict[str, Any],
-) -> Finding:
+) -> EvalResult:
     rows = [
         [d, f"{w.a:.4g}", f"{w.b:.4f}", f"{w.c:.4f}", f"{w.error:.1e}", *(f"{p[d]:.4f}" for p in predicted.values())]
         for d, w in laws.items()
@@ -172,7 +172,7 @@ def _finding(
         said.append("Three sizes and three unknowns: the curve passes through every point, so nothing tests it.")
     if negative := [d for d, w in laws.items() if w.c < 0]:
         said.append(f"The limit c is below 0 for {', '.join(negative)}, which no loss can reach.")
-    return Finding(metrics, " ".join(said), tables=[{"title": "a / N^b + c", "columns": columns, "rows": rows}], plots=[plot])
+    return EvalResult(metrics, " ".join(said), tables=[{"title": "a / N^b + c", "columns": columns, "rows": rows}], plots=[plot])
 
 
 METHOD = scaling_law

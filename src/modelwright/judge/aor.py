@@ -33,8 +33,8 @@ from random import Random
 from typing import Any, Literal
 
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.judge.ask.desk import Desk
 from modelwright.judge.ask.judges import open_judge
 from modelwright.judge.chains.answers import Choice, extract
@@ -242,7 +242,7 @@ def run(asked: list[Question], scorer: Scorer, knobs: Knobs, seed: int = 0, tick
     return [chosen[i] for i in range(len(asked))]
 
 
-def aor_step(knobs: Knobs, job: Job) -> Finding:
+def aor_step(knobs: Knobs, job: StepContext) -> EvalResult:
     """AoR on recorded chains beside the votes that it is to beat, with a judge or a verifier."""
     if knobs.max < knobs.n:
         raise UserError(f"max={knobs.max} is less than n={knobs.n}", "n chains are sampled at first", "raise max or lower n")
@@ -262,7 +262,7 @@ def _part_of(knobs: Knobs, part: int) -> Knobs:
     return replace(knobs, n=max(1, knobs.n // part), max=max(1, knobs.max // part), add=max(1, knobs.add // part))
 
 
-def _scorer(knobs: Knobs, job: Job) -> Critic | Verifier:
+def _scorer(knobs: Knobs, job: StepContext) -> Critic | Verifier:
     """The scorer that the settings name. Raises UserError when they name none."""
     if knobs.verifier != "none":
         return Verifier(knobs.verifier)

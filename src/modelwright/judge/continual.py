@@ -17,8 +17,8 @@ from typing import Any
 
 from modelwright.core.errors import UserError, short
 from modelwright.core.files import write_json
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import Train, knob
+from modelwright.core.step import EvalResult, StepContext
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Knobs:
     untrained: bool = knob(True, "measure the model before training too, which FWT needs")
 
 
-def continual(knobs: Knobs, job: Job) -> Finding:
+def continual(knobs: Knobs, job: StepContext) -> EvalResult:
     """Measures of every run in a file, or of one run trained here."""
     if knobs.matrix:
         return found(read(Path(knobs.matrix)))
@@ -145,7 +145,7 @@ def _accuracy(value: Any) -> float | None:
     return float(value)
 
 
-def found(runs: dict[str, Run]) -> Finding:
+def found(runs: dict[str, Run]) -> EvalResult:
     """Measures as metrics, tables and pictures."""
     metrics = {name: r.measures() | {"tasks": r.tasks, "matrix": r.a, "untrained": r.start, "cut": r.cut} for name, r in runs.items()}
     rows = [[n, *(_show(m[k]) for k in ("AA", "BWT", "FWT", "LA"))] for n, m in metrics.items()]
@@ -175,7 +175,7 @@ def found(runs: dict[str, Run]) -> Finding:
     cut = [[name, t, c["train"], c["test"]] for name, r in runs.items() for t, c in zip(r.tasks, r.cut or [], strict=False)]
     if any(train or test for _, _, train, test in cut):
         tables.append({"title": "Sentences cut at the context", "columns": ["run", "task", "train", "test"], "rows": cut})
-    return Finding(
+    return EvalResult(
         metrics,
         text="Average accuracy at the end, and how much of what was learnt is still there.",
         tiles=tiles if len(runs) == 1 else [],
@@ -214,7 +214,7 @@ def read_task(file: Path, limit: int) -> Task:
     return task
 
 
-def train_sequence(knobs: Knobs, job: Job) -> Run:
+def train_sequence(knobs: Knobs, job: StepContext) -> Run:
     """Train the tasks one after another, measure all after each. A stopped run goes on with the next stage."""
     from modelwright.judge.tasks import sequence  # torch
 

@@ -24,8 +24,8 @@ import numpy as np
 
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.files import write_json
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.judge.ask import prompts
 from modelwright.judge.ask.desk import Counts, Desk, failures
 from modelwright.judge.ask.judges import open_judge
@@ -58,7 +58,7 @@ class Knobs:
     compat: Literal["none", "official"] = knob("none", "official: read verdicts as leniently as the published code")
 
 
-def llmbar(knobs: Knobs, job: Job) -> Finding:
+def llmbar(knobs: Knobs, job: StepContext) -> EvalResult:
     """Judge pairs with a checkpoint or an endpoint, or recompute recorded runs. Writes verdicts.json for what was judged."""
     strategies = [_choose(s, list(STRATEGIES), "strategy") for s in knobs.strategies] or list(STRATEGIES)
     if knobs.replay:
@@ -108,7 +108,7 @@ def _by_subset(
     return runs
 
 
-def _judged(runs: list[Run], pairs: int, desk: Desk) -> Finding:
+def _judged(runs: list[Run], pairs: int, desk: Desk) -> EvalResult:
     """The finding of a live run, with what became of its requests."""
     found, counts = finding(runs), desk.plain()
     found.metrics["requests"] = counts
@@ -207,7 +207,7 @@ def _rate(
     return np.where(np.isnan(a - b), UNPARSED, [np.where(a > b, 1, 2), np.where(b > a, 2, 1)]), None
 
 
-def _replayed(knobs: Knobs, strategies: list[str]) -> Finding:
+def _replayed(knobs: Knobs, strategies: list[str]) -> EvalResult:
     runs, seen = replay(Path(knobs.replay or ""))
     subsets = _subsets(knobs, list(dict.fromkeys(r.subset for r in runs)))
     found = finding([r for r in runs if r.strategy in strategies and r.subset in subsets])

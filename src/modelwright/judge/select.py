@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from modelwright.core.errors import UserError, did_you_mean
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.judge import aor
 from modelwright.judge.chains import votes
 from modelwright.judge.chains.answers import Choice, Kind
@@ -79,7 +79,7 @@ def select(
     return aor.run([Question(question, "", chains)], scorer, asked, seed)[0]
 
 
-def select_step(knobs: Knobs, job: Job) -> Finding:
+def select_step(knobs: Knobs, job: StepContext) -> EvalResult:
     """Every method on recorded chains: accuracy with its interval, chains per question, and accuracy against the budget."""
     for m in knobs.methods:
         if m not in METHODS:
@@ -97,7 +97,7 @@ def select_step(knobs: Knobs, job: Job) -> Finding:
     found["curves"] = curves = {m: _curve(asked, m, knobs, most) for m in knobs.methods}
     rows = [table_row(m, r) for m, r in found["methods"].items()]
     best = max(found["methods"], key=lambda m: found["methods"][m]["accuracy"])
-    return Finding(
+    return EvalResult(
         found,
         text=f"{len(asked)} questions; the right answer is among the first {most} chains of {found['coverage']:.1f} %.",
         tiles=[(f"{found['methods'][best]['accuracy']:.1f} %", best, f"{found['methods'][best]['chains']:.2f} chains a question")],

@@ -33,8 +33,8 @@ import numpy as np
 
 from modelwright.core.data.tables import column, numbers, table
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.modalities.series.daily import Days, read
 from modelwright.modalities.series.learner import DEFAULT, regressor
 from modelwright.modalities.series.rebuild import LEVEL, Rebuilt, check_totals, margins, rebuild, write
@@ -126,7 +126,7 @@ def _lag(x: np.ndarray, days: Days, k: int) -> np.ndarray:
     return np.where(at[place] == at - k, x[place], x)
 
 
-def backcast(knobs: Knobs, job: Job) -> Finding:
+def backcast(knobs: Knobs, job: StepContext) -> EvalResult:
     """Hide years and rebuild them; or, with `known`, give days to totals that had none. Writes days.csv."""
     model = Backcaster(regressor(knobs.learner, knobs.settings), knobs.totals, knobs.response)
     columns = {name: getattr(knobs, name) for name in ("date", "value", "temperature", "holiday", "group", "unit", "combine")}
@@ -156,7 +156,7 @@ def _folds(hide: list[int], years: list[int]) -> list[list[int]]:
     return folds
 
 
-def _from_known_totals(knobs: Knobs, job: Job, days: Days, seen: Days, model: Backcaster) -> Finding:
+def _from_known_totals(knobs: Knobs, job: StepContext, days: Days, seen: Days, model: Backcaster) -> EvalResult:
     """Days for the periods of a table of totals."""
     given = _known(knobs.known, days)
     names = [(days.names[g], label(int(p), knobs.totals)) for g, p in zip(days.groups, days.period(knobs.totals), strict=True)]
@@ -178,7 +178,7 @@ def _from_known_totals(knobs: Knobs, job: Job, days: Days, seen: Days, model: Ba
         "beyond_training_temperatures": one.beyond,
     }
     words = f"{len(hidden)} days from {len(wanted)} totals; 90 % of days left out are {low:.2f} to {high:.2f} times what was found."
-    return Finding(metrics, words, [(str(len(hidden)), "days reconstructed", f"from {len(wanted)} totals")], facts=facts)
+    return EvalResult(metrics, words, [(str(len(hidden)), "days reconstructed", f"from {len(wanted)} totals")], facts=facts)
 
 
 def _known(path: str, days: Days) -> dict[tuple[str, str], float]:
@@ -218,7 +218,7 @@ def _metrics(folds: list[list[int]], results: list[Rebuilt], edges: list[tuple[f
 
 def _finding(
     knobs: Knobs, folds: list[list[int]], results: list[Rebuilt], edges: list[tuple[float, float]], facts: dict[str, Any]
-) -> Finding:
+) -> EvalResult:
     m = _metrics(folds, results, edges, knobs.totals)
     facts = facts | {k: sum(one.said()[k] for one in results) for k in results[0].said()}
     rows = [[y, w, f"{s[w]['r2']:.3f}", f"{s[w]['mape']:.2f} %", f"{s[w]['rmse']:.4g}"] for y, s in m["years"].items() for w in WAYS]
@@ -237,7 +237,7 @@ def _finding(
     )
     tile = (f"{m['r2']:.3f}", "R2 on hidden days", f"flat {flat:.2f}, month and weekday {usual:.2f}")
     table_ = {"title": "Hidden years", "columns": ["year", "shape", "R2", "MAPE", "RMSE"], "rows": rows}
-    return Finding(m, words, [tile], [table_], [plot], facts)
+    return EvalResult(m, words, [tile], [table_], [plot], facts)
 
 
 METHOD = backcast

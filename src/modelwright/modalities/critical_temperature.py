@@ -27,9 +27,9 @@ from typing import Any, Literal
 import numpy as np
 
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.core.numbers.curves import Curve, lowess
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.modalities.series.daily import Days, read
 from modelwright.modalities.series.hinge import Hinge, bootstrap, fit, grid, r2
 
@@ -101,7 +101,7 @@ def extremes(days: Days, h: Hinge, base: list[int]) -> list[dict[str, Any]]:
     return rows
 
 
-def critical_temperature(knobs: Knobs, job: Job) -> Finding:
+def critical_temperature(knobs: Knobs, job: StepContext) -> EvalResult:
     """Fit, test, and compare."""
     names = {name: getattr(knobs, name) for name in ("date", "value", "temperature", "holiday", "unit", "combine")}
     days = read(knobs.table, **names)
@@ -152,7 +152,7 @@ def _metrics(h: Hinge, draws: np.ndarray, others: dict[str, Any]) -> dict[str, A
     }
 
 
-def _finding(knobs: Knobs, m: dict[str, Any], h: Hinge, curve: Curve, facts: dict[str, Any]) -> Finding:
+def _finding(knobs: Knobs, m: dict[str, Any], h: Hinge, curve: Curve, facts: dict[str, Any]) -> EvalResult:
     if h.is_v:
         low, high = m["interval"]
         words = (
@@ -188,7 +188,7 @@ def _finding(knobs: Knobs, m: dict[str, Any], h: Hinge, curve: Curve, facts: dic
         "y": "% of a mean day",
         "series": {k: [[float(a), 100 * float(b)] for a, b in zip(at, v, strict=True)] for k, v in series.items()},
     }
-    return Finding(m, words, [tile], tables, [plot], facts)
+    return EvalResult(m, words, [tile], tables, [plot], facts)
 
 
 METHOD = critical_temperature

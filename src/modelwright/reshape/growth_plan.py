@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
+from modelwright.core.step import EvalResult, StepContext
 
 PARAMS, FLOPS = (0.4e9, 70e9), (1e20, 1e25)  # where the law was fitted, or used by its authors
 
@@ -46,7 +46,7 @@ def speed_up(params: float, scratch: float, grown: float, small: float = 0.0, fa
     return scratch * params / (grown * params + small * params / factor) - 1
 
 
-def growth_plan(knobs: Knobs, job: Job) -> Finding:
+def growth_plan(knobs: Knobs, job: StepContext) -> EvalResult:
     """Tokens before growing, both halves in FLOPs, and the speed-up where two measured runs are given."""
     flops = 6 * knobs.params * knobs.tokens
     if flops <= 10:
@@ -88,7 +88,7 @@ def _warnings(params: float, flops: float) -> list[str]:
     return found
 
 
-def _finding(knobs: Knobs, m: dict[str, Any]) -> Finding:
+def _finding(knobs: Knobs, m: dict[str, Any]) -> EvalResult:
     rows = [
         ["small model", f"{knobs.params / knobs.factor:.3g}", f"{m['growth_tokens']:.4g}", f"{m['flops_small']:.3g}"],
         ["grown model", f"{knobs.params:.3g}", f"{m['grown_tokens_at_equal_flops']:.4g}", f"{m['flops_grown']:.3g}"],
@@ -100,7 +100,7 @@ def _finding(knobs: Knobs, m: dict[str, Any]) -> Finding:
         tiles.append((f"{m['speed_up']:.1%}", "speed-up", f"{m['speed_up_small_model_counted']:.1%} with the small model counted"))
     when = f"{m['growth_tokens'] / 1e9:.2f}B tokens, then grow it {knobs.factor} times"
     text = f"Train a model of {knobs.params / knobs.factor:.3g} parameters for {when}."
-    return Finding(m, " ".join([text, *(w[0].upper() + w[1:] + "." for w in m["warnings"])]), tiles, tables)
+    return EvalResult(m, " ".join([text, *(w[0].upper() + w[1:] + "." for w in m["warnings"])]), tiles, tables)
 
 
 METHOD = growth_plan

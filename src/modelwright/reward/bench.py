@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import knob
 from modelwright.core.numbers.stats import ranks
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.reward.calibrate import Calibrator, cross_fit
 from modelwright.reward.suites.alpaca import Settings, alpacaeval
 from modelwright.reward.suites.common import value_of
@@ -51,7 +51,7 @@ class Knobs:
     draws: int = knob(1000, "bootstrap resamples; fewer from 20,000 responses on", low=100)
 
 
-def bench(knobs: Knobs, job: Job) -> Finding:
+def bench(knobs: Knobs, job: StepContext) -> EvalResult:
     """Accuracy and correlation of every reward model in the file, raw and corrected."""
     if not Path(knobs.scores).exists():
         raise UserError(f"no file at {knobs.scores}", how="check the path")
@@ -111,7 +111,7 @@ def corrections(s: Scores, knobs: Knobs, seed: int) -> dict[str, np.ndarray]:
 
 def _finding(
     knobs: Knobs, models: dict[str, dict[str, Any]], plots: list[dict[str, Any]], counts: dict[str, int], other: list[str]
-) -> Finding:
+) -> EvalResult:
     both = [m for m, by in models.items() if "lwr" in by]
     sections = list(dict.fromkeys(n for by in models.values() for n in by["raw"].get("sections", {})))
     kinds = list(NAMES) if both else ["raw"]
@@ -140,7 +140,7 @@ def _finding(
         series = {NAMES[k]: [models[m][k]["accuracy"] for m in both] for k in ("raw", "lwr", "mean", "penalty")}
         plots = [{"kind": "bars", "title": "Accuracy, %", "y": "%", "groups": [m[-20:] for m in both], "series": series}, *plots]
     metrics = {"suite": knobs.suite, "comparisons": counts, "models": models}
-    return Finding(
+    return EvalResult(
         metrics,
         _sentence(knobs.features[0], models, both),
         tables=tables,

@@ -35,9 +35,9 @@ from typing import Any, Literal
 import numpy as np
 
 from modelwright.core.errors import UserError, short
-from modelwright.core.job import Finding, Job
 from modelwright.core.knobs import build, knob
 from modelwright.core.numbers.curves import Curve, lowess
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.reward.table.biases import Bias, Window, from_plain, is_number, mean_difference, to_plain
 from modelwright.reward.table.evidence import compare, findings
 from modelwright.reward.table.scores import Scores, checked, read
@@ -219,7 +219,7 @@ def cross_fit(calibrator: Calibrator, s: Scores, folds: int, seed: int = 0) -> n
     return out
 
 
-def calibrate(knobs: Knobs, job: Job) -> Finding:
+def calibrate(knobs: Knobs, job: StepContext) -> EvalResult:
     """Write scores.jsonl (a row per response: score, raw, features) and calibrator.json into the job's folder."""
     if knobs.fitted:
         calibrator = _fitted(knobs)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from modelwright import registry
-from modelwright.core.job import Finding, Job
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.runner.context import Run, with_dataset
 from modelwright.runner.recipe import Step
 
@@ -18,6 +18,6 @@ def measure(r: Run, step: Step, folder: Path) -> dict[str, Any]:
 
         silence_transformers()
         source = Checkpoint(r.checkpoint)
-    job = Job(folder, r.recipe.seed, r.progress, source, registry.techniques_named)
-    found: Finding = registry.load(step.entry)(with_dataset(r, step.knobs), job)
+    job = StepContext(folder, r.recipe.seed, r.progress, source, registry.techniques_named)
+    found: EvalResult = registry.load(step.entry)(with_dataset(r, step.knobs), job)
     return {f.name: getattr(found, f.name) for f in fields(found)}

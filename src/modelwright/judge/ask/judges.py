@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from modelwright.core.errors import UserError
-from modelwright.core.job import Job
+from modelwright.core.step import StepContext
 from modelwright.judge.ask.kept import Kept
 
 
-def open_judge(job: Job, url: str | None, model: str | None, endpoint: dict[str, Any], cache: str | None, batch: int) -> Kept:
+def open_judge(job: StepContext, url: str | None, model: str | None, endpoint: dict[str, Any], cache: str | None, batch: int) -> Kept:
     """The judge that a step's settings name: an endpoint, else the checkpoint under way; its answers kept in `cache`, else in
     the step's folder. Raises UserError when neither is given, and for what the endpoint's settings lack."""
     file = Path(cache) if cache else job.folder / "answers.jsonl"

@@ -5,7 +5,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from modelwright.core.job import Finding
+from modelwright.core.step import EvalResult
 from modelwright.judge.ask.prompts import STRATEGIES
 from modelwright.judge.ask.verdict import ByPlace, Measured, differ, mean_interval, measure
 
@@ -93,13 +93,13 @@ def _mean(runs: list[Run]) -> Mean:
     }
 
 
-def finding(runs: list[Run]) -> Finding:
+def finding(runs: list[Run]) -> EvalResult:
     """Metrics, a table per evaluator and the pictures."""
     rows = averages(runs)
     tables = [
         _table(evaluator, [r for r in rows if r["evaluator"] == evaluator]) for evaluator in dict.fromkeys(r["evaluator"] for r in rows)
     ]
-    return Finding({"runs": [r.plain() for r in runs], "averages": rows}, tables=tables, plots=_plots(runs, rows))
+    return EvalResult({"runs": [r.plain() for r in runs], "averages": rows}, tables=tables, plots=_plots(runs, rows))
 
 
 def _table(evaluator: str, rows: list[Row]) -> dict[str, Any]:

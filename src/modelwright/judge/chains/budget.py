@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from modelwright.core.job import Finding
 from modelwright.core.numbers.stats import mcnemar
+from modelwright.core.step import EvalResult
 from modelwright.judge.ask.desk import Counts, failures
 from modelwright.judge.chains import votes
 from modelwright.judge.chains.answers import Choice, Kind, same
@@ -27,7 +27,7 @@ def budget(
     kind: Kind,
     most: int,
     fallback: str,
-) -> Finding:
+) -> EvalResult:
     """Metrics, tables and budget curves.
 
     chosen: AoR's choice for each question. smaller: its choices with smaller budgets, for the curves. requests: the judge's
@@ -49,7 +49,7 @@ def budget(
         plots.append(_line("AoR: accuracy against judge calls", "calls per question", {"AoR": calls}))
     vote = rivals["self-consistency"]
     lost = len(asked) - outcomes.get("ok", 0)
-    return Finding(
+    return EvalResult(
         found,
         text=f"AoR is {_gain(aor['accuracy'] - vote['accuracy'])} self-consistency over {most} chains (p = {p_value:.2g}); "
         f"the right answer is among the chains of {found['coverage']:.1f} %.",

@@ -21,8 +21,8 @@ from typing import Any, Literal
 import numpy as np
 
 from modelwright.core.errors import UserError
-from modelwright.core.job import Finding, Job
 from modelwright.core.numbers.stats import ranks, spearman
+from modelwright.core.step import EvalResult, StepContext
 from modelwright.reward.calibrate import Calibrator
 from modelwright.reward.suites.length_control import ENOUGH, Annotations, length_controlled, sigmoid
 from modelwright.reward.table.evidence import binned, percent_interval, shown
@@ -45,7 +45,7 @@ class Settings:
     draws: int = 1000
 
 
-def alpacaeval(path: Path, columns: dict[str, str], knobs: Settings, job: Job) -> Finding:
+def alpacaeval(path: Path, columns: dict[str, str], knobs: Settings, job: StepContext) -> EvalResult:
     """Win rates of every model, their correlation with the leaderboard and the arena tables, rank changes."""
     a = Annotations(path, columns)
     rows = _table(knobs.weights, WEIGHTS) if knobs.weights else {}
@@ -185,7 +185,7 @@ def _csv(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _finding(a: Annotations, each: dict[str, np.ndarray], metrics: dict[str, Any], gap: np.ndarray) -> Finding:
+def _finding(a: Annotations, each: dict[str, np.ndarray], metrics: dict[str, Any], gap: np.ndarray) -> EvalResult:
     models, kinds = metrics["models"], list(each)
     best = "length-controlled" if "length-controlled" in kinds else "raw"
     order = sorted(models, key=lambda m: models[m][best]["rank"])
@@ -220,4 +220,4 @@ def _finding(a: Annotations, each: dict[str, np.ndarray], metrics: dict[str, Any
     series = {k: binned(gap[a.seen], v[a.seen]) for k, v in each.items()}
     title = "Preference along the difference in length"
     plot = {"kind": "line", "title": title, "x": "characters, model less baseline", "y": "less the overall mean", "series": series}
-    return Finding(metrics, text, tables=tables, plots=[plot])
+    return EvalResult(metrics, text, tables=tables, plots=[plot])

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from modelwright.core.job import Finding
 from modelwright.core.numbers.stats import wilson
+from modelwright.core.step import EvalResult
 from modelwright.reward.table.scores import Scores
 
 Heads = dict[str, dict[str, float]]  # a headline number as a weighted mean of the accuracy of parts
@@ -122,7 +122,7 @@ def plot(s: Scores, columns: dict[str, np.ndarray], feature: str, title: str) ->
     return {"kind": "line", "title": title, "x": feature, "y": "mean score, less the overall mean", "series": series}
 
 
-def findings(s: Scores, columns: dict[str, np.ndarray], found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> Finding:
+def findings(s: Scores, columns: dict[str, np.ndarray], found: dict[str, dict[str, Any]], facts: dict[str, Any]) -> EvalResult:
     """The finding of one correction: columns "before" and "after"."""
     before, after = found["before"], found["after"]
     falls = ", ".join(f"Spearman with {f} {before['spearman'][f]:.3f} -> {after['spearman'][f]:.3f}" for f in s.features)
@@ -144,4 +144,4 @@ def findings(s: Scores, columns: dict[str, np.ndarray], found: dict[str, dict[st
             text += f" A correlation with {f} is left: a smaller frac follows a bent bias more closely."
     table = {"title": "Before and after, with 95 % intervals", "columns": ["", "before", "after"], "rows": rows}
     plots = [plot(s, columns, f, f"Score along {f}") for f in s.features]
-    return Finding({**facts, **found}, text, tables=[table], plots=plots, facts=facts)
+    return EvalResult({**facts, **found}, text, tables=[table], plots=plots, facts=facts)

@@ -9,8 +9,8 @@ from modelwright.core.report.progress import Silent
 
 
 @dataclass
-class Job:
-    """The surroundings of one step. `folder` takes its small files; `source` is the checkpoint, where there is one."""
+class StepContext:
+    """What one step is handed. `folder` takes its small files; `source` is the checkpoint, where there is one."""
 
     folder: Path
     seed: int = 0
@@ -20,7 +20,7 @@ class Job:
 
 
 @dataclass
-class Finding:
+class EvalResult:
     """What was measured. `metrics` is for scripts (nested plain values); the rest is for people."""
 
     metrics: dict[str, Any]
