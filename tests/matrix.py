@@ -194,7 +194,7 @@ ROWS: dict[str, Row] = {
         | {"experts": 4, "top": 0.1, "partitions": 5, "disturb": [0.1], "draws": 1},
         (
             "tests/inspect/test_modularity.py",
-            "tests/inspect/functions/test_precision.py",
+            "tests/inspect/functions/test_predictivity.py",
             "tests/inspect/functions/test_groups.py",
             "tests/moe/test_partition.py",
         ),

@@ -38,6 +38,7 @@ def test_every_method_answers_and_keeps_its_budget(name: str, tmp_path: Path, ca
     assert abs(m["cache_bytes"] / token - 3 - m["prompt_tokens"] / 4) <= 1 and m["same_tokens"] >= 1
 
 
+@pytest.mark.slow
 def test_a_fresh_process_answers_with_a_bf16_mixture_of_our_own_and_of_odd_width(tmp_path: Path) -> None:
     """Nothing else has made our classes known there, or mended transformers' grouped product."""
     sizes = {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 42, "num_hidden_layers": 1, "num_attention_heads": 4}

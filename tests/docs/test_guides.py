@@ -98,6 +98,7 @@ def _runs(guide: Path) -> bool:
     return any(b.what == "run" for b in blocks(guide))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", filter(_runs, ALL), ids=_ids)
 def test_marked_blocks_run(guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -161,6 +161,7 @@ def test_autocast_runs_forward_and_back(made: bool, length: int, tiny) -> None:
     assert out.loss.item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("made", [False, True])
 def test_compiled_model_is_the_same(made: bool, tiny) -> None:
     model, ids = _loud(tiny).precompute(made), torch.randint(3, 96, (2, 20))  # more tokens than sets: products are grouped

@@ -19,6 +19,7 @@ from modelwright.moe.parallel import Lists, execute_over, rectify_over, share
 from modelwright.moe.rectify import rectify
 from modelwright.moe.routing import CHOSEN, FILLED, LOCAL, capacity
 
+pytestmark = pytest.mark.slow  # every case trains or runs in two processes
 HERE = Path(__file__).parent
 PROCESSES = 4  # two groups of two
 Found = dict[str, Any]

@@ -49,6 +49,7 @@ def test_two_launchers_as_two_nodes_give_the_weights_of_one_process(tiny, tmp_pa
     assert facts["processes"] == 2
 
 
+@pytest.mark.slow
 def test_bad_input_under_a_launcher_lets_the_others_go(tmp_path: Path) -> None:
     code = "import sys; from modelwright.cli.app import main; main(sys.argv[1:])"
     (tmp_path / "bad.jsonl").write_text('{"text": "one"}\n{"text": \n')

@@ -48,7 +48,8 @@ def edit(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Built, str]:
         raise UserError("the checkpoint has no tokenizer", "facts are text", "add tokenizer files")
     stored, before = model.dtype, scores(model, tokenizer, fact)
     learnt = learn(model.float(), tokenizer, fact, knobs)
-    model.to(stored)  # rounding may undo a part: it is the rounded model that is scored
+    for p in model.parameters():  # rounding may undo a part: it is the rounded model that is scored; buffers keep their type
+        p.data = p.data.to(stored)
     facts = {"before": before, "after": scores(model, tokenizer, fact), **learnt, "layer": _layer(model, knobs)}
     return Built(model, None, source, facts), "changed function"
 

@@ -395,7 +395,7 @@ def test_target_that_cannot_be_written_is_refused(tiny: Tiny, tmp_path: Path, wa
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError) as caught:
         save(blueprint(tiny("llama")), tmp_path / path) if way == "staging" else upcycled(tiny("llama"), tmp_path / path)
-    assert path.split("/")[0][:4] in str(caught.value)
+    assert "is no path" in str(caught.value) or path.split("/")[0] in str(caught.value)
     assert names(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "mine"
 
 
