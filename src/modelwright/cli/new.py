@@ -13,7 +13,7 @@ def scaffold(family: str, name: str, root: Path) -> list[Path]:
     and line in PROOFS.md. Returns the files. Raises UserError before anything is written."""
     _check(family, name)
     package = root / "src" / "modelwright"
-    table, matrix, proofs = package / "registry.py", root / "tests" / "matrix.py", root / "PROOFS.md"
+    table, matrix, proofs = package / "registry" / "table.py", root / "tests" / "matrix.py", root / "PROOFS.md"
     for file in (table, matrix, proofs):
         if not file.is_file():
             raise UserError(f"{root} is no checkout of modelwright", f"it has no {file.relative_to(root)}", "go to the root of one")

@@ -195,9 +195,6 @@ def _run_steps(r: Run, to: Path | None) -> Result:
     return result
 
 
-_KINDS = {"curate": "curate", "reshape": "reshape", "tune": "tune"}  # every other family measures
-
-
 def _done(folder: Path, key: str) -> dict[str, Any] | None:
     """What a finished step left; None where it is not finished, or what it left cannot be read any more."""
     try:
@@ -252,7 +249,7 @@ def _difference(before: Any, now: Any, where: str = "") -> str:
 
 
 def _driver(step: Step) -> Callable[[Run, Step, Path], dict[str, Any]]:
-    kind = _KINDS.get(step.entry.family, "measure") if step.entry.gives else "measure"
+    kind = step.entry.shape.driver
     module = import_module(f"modelwright.runner.{kind}")  # torch and transformers are imported only where a step needs them
     return getattr(module, kind)
 

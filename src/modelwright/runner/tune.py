@@ -16,12 +16,12 @@ from modelwright.core.errors import UserError
 from modelwright.core.files import write_json
 from modelwright.core.knobs import Data
 from modelwright.core.model.anatomy import Anatomy
-from modelwright.core.model.certificate import certify, require_same_when_reloaded
+from modelwright.core.model.certificate import certify, require_same_weights, require_same_when_reloaded
 from modelwright.core.model.checkpoint import Checkpoint, check_vocabulary, silence_transformers
 from modelwright.core.model.writer import Built, as_stored, staging, write_model
 from modelwright.core.train import dist, precision
-from modelwright.core.train.loop import Outcome, fit
-from modelwright.core.train.objective import Objective, objective_class
+from modelwright.core.train.loop import Outcome, fit, objective_of
+from modelwright.core.train.objective import Objective
 from modelwright.core.train.requirements import keeps_apart
 from modelwright.core.train.technique import Technique, combine, environment
 from modelwright.core.train.trainer import forward
@@ -51,7 +51,11 @@ def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
                 entry = train(step, source, folder, part, r.recipe.seed, r.recipe.save, r.tuned, tick.to, tick.say)
         with r.progress.task(f"{step.entry.name}: certify"):
             certificate = certify(
-                source, Checkpoint(part, incomplete=True), "trained", mode=r.recipe.save.certificate, prompts=entry.pop("prompts", [])
+                source,
+                Checkpoint(part, incomplete=True),
+                entry.pop("promise"),
+                mode=r.recipe.save.certificate,
+                prompts=entry.pop("prompts", []),
             )
     return entry | {"certificate": certificate.plain()}
 
@@ -62,12 +66,13 @@ def train(
     """Train and write the plain model into `part`; runs in every process, the first one writes. Returns the step's entry."""
     knobs, techniques = step.knobs, registry.techniques(step.entry, step.knobs)
     for t in techniques:
-        t.round = rounds
+        t.round, t.source = rounds, source
     tokenizer, vocab = with_template(source.tokenizer(), knobs.data.chat_template), int(source.hf_config.get_text_config().vocab_size)
     check_vocabulary(tokenizer, vocab, source.folder)
     combine(techniques, environment(source.skeleton, knobs.train))
-    objective = objective_class(source.skeleton)(source.skeleton, tokenizer, seed, knobs.train.mask_share)
-    model = source.model(precision.load_type(knobs.train, source.types()))
+    kind = precision.load_type(knobs.train, source.types())
+    model = next((m for t in techniques if (m := t.load(source, kind)) is not None), None) or source.model(kind)
+    objective = objective_of(techniques, model, tokenizer, knobs.train, seed)
     maker = RowMaker(techniques, objective, model, tokenizer, vocab, knobs.train, seed)
     rows, evals = maker(knobs.data), {n: maker(d) for n, d in knobs.evals.items()}
     if not evals and len(rows) > 1 and knobs.holdout:
@@ -79,7 +84,7 @@ def train(
     outcome = fit(
         model, rows, settings, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick, say=say, objective=objective
     )
-    entry = _entry(outcome, rows)
+    entry = _entry(outcome, rows) | {"promise": "trained" if all(t.same_kind for t in techniques) else "another kind of model"}
     if objective.kind == "causal" and tokenizer is not None:
         entry["prompts"] = _prompts(next(iter(evals.values()), rows))
     if dist.rank() == 0:
@@ -173,7 +178,11 @@ def _write(
         entry["notes"].append(
             f"{rows.facts['answers without an end token']} answers end without a special token: the model is not taught to stop after them"
         )
-    entry["facts"]["reload_max_abs_dlogit"] = require_same_when_reloaded(model, Checkpoint(part, incomplete=True))
+    saved = Checkpoint(part, incomplete=True)
+    if all(t.same_kind for t in techniques):
+        entry["facts"]["reload_max_abs_dlogit"] = require_same_when_reloaded(model, saved)
+    else:
+        require_same_weights(model, saved)
 
 
 class RowMaker:
@@ -206,7 +215,7 @@ class RowMaker:
 
 def make_rows(techniques: list[Technique], data: Data, tokenizer: Any, vocab: int, train: Any, seed: int, model: Any) -> TokenRows:
     """The rows of one source; `model` may be on the meta device, then chats are not packed."""
-    objective = objective_class(model)(model, tokenizer, seed, train.mask_share)
+    objective = objective_of(techniques, model, tokenizer, train, seed)
     return RowMaker(techniques, objective, None if model.device.type == "meta" else model, tokenizer, vocab, train, seed)(data)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from modelwright.core.data.chats import RefusedChat, Rendered, Renderer, special_texts
-from modelwright.core.data.read import Chat, Document, Ids, Pair, Text
+from modelwright.core.data.read import Chat, Document, Ids, Pair, Preference, Text, messages_of
 from modelwright.core.errors import UserError
 
 Kind = Literal["causal", "masked", "pairs", "ranked"]  # decoder, masked language model, encoder-decoder, reward model
@@ -41,8 +41,10 @@ class Encoder:
         if tokenizer is None:
             return
         self.end = tokenizer.eos_token_id if kind != "masked" or tokenizer.sep_token_id is None else tokenizer.sep_token_id
+        if self.end is None and kind == "ranked":
+            self.end = tokenizer.sep_token_id
         around, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-        if kind in ("causal", "pairs") and bare:
+        if kind != "masked" and bare:
             self.prefix = around[: next((i for i in range(len(around)) if around[i : i + len(bare)] == bare), 0)]
         self.special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self._control = special_texts(tokenizer)
@@ -147,19 +149,52 @@ class Encoder:
         if self.kind == "pairs":
             yield from self._two_texts(rendered)
             return
-        ids_of = self._with_offsets([r.text for r in rendered])
-        for r, (ids, offsets) in zip(rendered, ids_of, strict=True):
+        for one in self._with_masks([(r, renderer) for r in rendered]):
+            self.count("documents")
+            if one.learnt is None or not one.learnt.any():
+                self.count("left out: nothing to learn")
+                continue
+            yield one
+
+    def _with_masks(self, rendered: list[tuple[Rendered, Renderer | None]]) -> Iterator[Encoded]:
+        """Each rendered text as ids with its mask; around one without a template stand the tokenizer's own tokens."""
+        for (r, renderer), (ids, offsets) in zip(rendered, self._with_offsets([r.text for r, _ in rendered]), strict=True):
             learnt = np.zeros(len(ids), bool)
             for begin, end in r.spans:
                 learnt |= self._span(r.text, ids, offsets, begin, end, renderer)
-            self.count("documents")
             if renderer is None:
                 ids = np.concatenate([self.prefix, ids, [] if self.end is None else [self.end]]).astype(np.int32)
                 learnt = np.concatenate([[False] * len(self.prefix), learnt, [] if self.end is None else [True]]).astype(bool)
-            if not learnt.any():
-                self.count("left out: nothing to learn")
-                continue
             yield Encoded(ids, learnt)
+
+    # ---- two answers to a prompt ---------------------------------------------------------------------------------------
+    def preferences(self, source: Iterable[tuple[int, Document]], refuse: Any) -> Iterator[tuple[Encoded, Encoded]]:
+        """(chosen, rejected), each the whole text with a mask of its answer; pairs that are equal are left out and counted."""
+        if self.tokenizer is None:
+            raise UserError("the checkpoint has no tokenizer", "answers are text", "add tokenizer files")
+        renderer = Renderer(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else None
+        for batch in _batches(source):
+            rendered: list[tuple[Rendered, Renderer | None]] = []
+            for number, d in batch:
+                try:
+                    two = two_answers(d, renderer)
+                except RefusedChat as error:
+                    refuse(number, str(error))
+                    continue
+                self.count("documents")
+                if two[0][0].text == two[1][0].text:
+                    self.count("left out: chosen and rejected are equal")
+                elif all(_is_unicode(r.text) for r, _ in two):
+                    rendered += two
+                else:
+                    refuse(number, "its text holds half of a surrogate pair, which is no character")
+            ones = list(self._with_masks(rendered)) if rendered else []
+            for chosen, rejected in zip(ones[::2], ones[1::2], strict=True):
+                assert chosen.learnt is not None and rejected.learnt is not None
+                if chosen.learnt.any() and rejected.learnt.any():
+                    yield chosen, rejected
+                else:
+                    self.count("left out: an answer is empty")
 
     def _two_texts(self, rendered: list[Rendered]) -> Iterator[Encoded]:
         """An encoder and a decoder read their texts apart: each is tokenised for itself, with what the tokenizer puts around a text."""
@@ -207,6 +242,48 @@ class Encoder:
         with _parallel_tokenizers():
             found = backend.encode_batch(texts, add_special_tokens=False)
         return [(np.asarray(e.ids, np.int32), np.asarray(e.offsets, np.int64).reshape(-1, 2)) for e in found]
+
+
+def two_answers(d: Document, renderer: Renderer | None) -> list[tuple[Rendered, Renderer | None]]:
+    """The chosen and the rejected answer, each behind the prompt, and by which template. Raises RefusedChat.
+
+    Texts that hold their prompt themselves (HH-RLHF) are parted at the last "Assistant:" that both share, or where they begin to differ.
+    """
+    if not isinstance(d, Preference):
+        raise UserError("the data holds no pairs of answers", "ranked pairs are needed", "give the columns chosen and rejected")
+    if isinstance(d.chosen, str) != isinstance(d.rejected, str):
+        raise RefusedChat("one of its answers is text and the other messages")
+    if isinstance(d.chosen, str) and not d.prompt:
+        at = shared_prompt(d.chosen, d.rejected)
+        return [(Rendered(t, [(at, len(t))]), None) for t in (d.chosen, d.rejected)]
+    if isinstance(d.chosen, str) and isinstance(d.prompt, str) and renderer is None:
+        return [(Rendered(d.prompt + t, [(len(d.prompt), len(d.prompt + t))]), None) for t in (d.chosen, d.rejected)]
+    try:
+        before = messages_of(d.prompt or [])
+        both = [[{"role": "assistant", "content": a}] if isinstance(a, str) else messages_of(a) for a in (d.chosen, d.rejected)]
+    except ValueError as error:
+        raise RefusedChat(str(error)) from None
+    if not all(both) or both[0][:-1] != both[1][:-1]:
+        raise RefusedChat("its two conversations differ before the last answer")
+    if any(b[-1]["role"] != "assistant" for b in both):
+        raise RefusedChat("its last message is not the assistant's")
+    if renderer is None:
+        raise UserError("the tokenizer has no chat template", "the data holds chats", "give data.chat_template (a file, turns or chatml)")
+    found: list[tuple[Rendered, Renderer | None]] = []
+    for b in both:
+        r = renderer.render(Chat([*before, *b]))
+        found.append((Rendered(r.text, r.spans[-1:]), renderer))
+    return found
+
+
+def shared_prompt(chosen: str, rejected: str) -> int:
+    """How many characters of two texts are their prompt."""
+    same = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    mark = "\n\nAssistant:"
+    at = chosen.rfind(mark, 0, same)
+    if at >= 0:
+        return at + len(mark)
+    return chosen.rfind(" ", 0, same) + 1
 
 
 @contextmanager

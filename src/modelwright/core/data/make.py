@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 import torch
 
 from modelwright.core.data.chats import with_template
-from modelwright.core.data.encode import Encoder, Kind
+from modelwright.core.data.encode import Encoded, Encoder, Kind
 from modelwright.core.data.packing import multipack
+from modelwright.core.data.pairs import PairRows
 from modelwright.core.data.read import Document, Ids, Source, Text, document_of, is_text
 from modelwright.core.data.rows import IGNORE, Rows, TokenRows
 from modelwright.core.data.store import StoredRows, StoreWriter, cache_folder, mixed, publish, store_key
@@ -56,6 +58,8 @@ def make_rows(
     width = context - 2 if kind == "masked" else context  # room for the tokens around a text
     if width < 2:
         raise UserError(f"a context of {context} holds no text", "two tokens stand around it", "raise train.context")
+    if kind == "ranked":
+        return _pair_rows(folder, facts, width)
     rows = _running_rows(folder, facts, width) if facts["running"] else _document_rows(folder, facts, width, packing, bins, seed)
     rows.stops = facts["stops"]
     return rows
@@ -94,6 +98,19 @@ def _document_rows(folder: Path, facts: dict[str, Any], width: int, packing: boo
         "tokens": tokens,
         "fill" if packing else "padded share": _share(tokens, plan, lengths, width, packing),
     }
+    return rows
+
+
+def _pair_rows(folder: Path, facts: dict[str, Any], width: int) -> PairRows:
+    """Pairs that fit the context; an answer that is cut would be judged for something else."""
+    longest = np.diff(np.load(folder / "ends.npy"), prepend=0).reshape(-1, 2).max(1)
+    fit, told = np.flatnonzero(longest <= width), dict(facts["counts"])
+    if len(fit) < len(longest):
+        told["left out: longer than the context"] = int(len(longest) - len(fit))
+    if not len(fit):
+        raise UserError("no pair fits the context", _why(told), f"raise train.context above {width}")
+    rows = PairRows(folder, width, bins=[[2 * int(i), 2 * int(i) + 1] for i in fit], facts=told, stops=facts["stops"])
+    rows.facts |= {"rows": len(rows), "tokens": rows.tokens}
     return rows
 
 
@@ -142,7 +159,7 @@ def _write_store(part: Path, source: Source, tokenizer: Any, kind: Kind) -> None
     first = next(documents, None)
     if first is None:
         raise UserError(f"{source.data.path} holds no text", _why(source.counts), "give data with at least one row")
-    running = isinstance(first[1], (Text, Ids))
+    running = isinstance(first[1], (Text, Ids)) and kind != "ranked"
     encoder = Encoder(tokenizer, kind, alpaca=source.format == "alpaca")
 
     def every() -> Iterator[tuple[int, Document]]:
@@ -150,8 +167,11 @@ def _write_store(part: Path, source: Source, tokenizer: Any, kind: Kind) -> None
         yield from documents
 
     writer, size, firsts = StoreWriter(part, not running, not running), 0, []
-    make = encoder.running if running else encoder.documents
-    for piece in make(every(), source.refuse):
+    if kind == "ranked":
+        pieces: Iterator[Encoded] = chain.from_iterable(encoder.preferences(every(), source.refuse))
+    else:
+        pieces = (encoder.running if running else encoder.documents)(every(), source.refuse)
+    for piece in pieces:
         writer.add(piece.ids, piece.learnt)
         size += piece.bytes
         if piece.learnt is not None:

@@ -162,7 +162,7 @@ def _pair(prompt: Any, completion: Any) -> Document | None:
     if isinstance(prompt, str) and isinstance(completion, str):
         return Pair(prompt, completion)
     answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    return Chat([*_messages(prompt or []), *_messages(answer)])
+    return Chat([*messages_of(prompt or []), *messages_of(answer)])
 
 
 class _WrongColumn(ValueError):
@@ -197,7 +197,7 @@ def recognise(rows: list[dict[str, Any]], data: Data) -> tuple[str, tuple[str, .
     raise UserError(f"{data.path} has several columns", f"they are {', '.join(names)}", "say which one: data: {path: ..., column: NAME}")
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
+def messages_of(value: Any) -> list[dict[str, Any]]:
     """Messages with role and content: ShareGPT's from and value are renamed, content given in parts is joined where all is text."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
@@ -229,7 +229,7 @@ def document_of(value: Any, tools: Any = None) -> Document:
     if isinstance(value, list) and all(type(v) is int for v in value):
         return Ids(value)
     if isinstance(value, list) and all(isinstance(v, dict) for v in value):
-        return Chat(_messages(value), _tools(tools))
+        return Chat(messages_of(value), _tools(tools))
     if isinstance(value, (Text, Chat, Pair, Preference, Ids)):
         return value
     kind = f"lists of {type(value[0]).__name__} values" if isinstance(value, list) else f"{type(value).__name__} values"

@@ -45,7 +45,7 @@ class Size:
 class Certificate:
     """Before and after. `passed` is None when nothing was promised; `max_abs_dlogit` is None when logits were not compared."""
 
-    promise: str  # same function | changed function | trained
+    promise: str  # same function | changed function | trained | another kind of model
     passed: bool | None
     max_abs_dlogit: float | None
     tolerance: float | None
@@ -145,7 +145,10 @@ def certify(
         ("max_abs_dlogit", "tolerance", "loss_before", "loss_after", "bits_per_byte_before", "bits_per_byte_after")
     )
     passed, probe, note = None, "", ""
-    if mode == "structure" or mode == "auto" and need > free:
+    if promise == "another kind of model":
+        after.model()  # every tensor is there and finite, or this raises
+        note = "the result gives other outputs than its source: they were not compared"
+    elif mode == "structure" or mode == "auto" and need > free:
         note = "names, shapes and types fit the stock class; logits were not compared" + (
             f": that needs {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free" if mode == "auto" else ", as asked"
         )
@@ -222,3 +225,11 @@ def require_same_when_reloaded(model: Any, saved: Checkpoint) -> float:
     if not drift <= 1e-3:
         raise RuntimeError(f"the saved model differs from the one in memory by {drift:.1e} in its logits")
     return drift
+
+
+def require_same_weights(model: Any, saved: Checkpoint) -> None:
+    """RuntimeError unless what a fresh object loads from disk has the weights of the model in memory, bit for bit."""
+    held, found = dict(model.named_parameters()), dict(saved.model().named_parameters())
+    wrong = [n for n in held.keys() | found.keys() if n not in held or n not in found or not torch.equal(held[n].cpu(), found[n])]
+    if wrong:
+        raise RuntimeError(f"the saved model differs from the one in memory in {min(wrong)}")

@@ -95,7 +95,7 @@ def fit(
     a model without a head to train, a loss that diverges, weights that cannot move. `outcome.model` is the trained model with its adapters.
     """
     techniques = techniques or [Technique()]
-    objective = objective or objective_class(model)(model, None, seed, train.mask_share)
+    objective = objective or objective_of(techniques, model, None, train, seed)
     require_positions(model, rows)
     torch.manual_seed(seed)
     model, rows, blocks = _prepared(model, rows, train, techniques, seed)
@@ -104,6 +104,8 @@ def fit(
         require_apart(model)
     model, empty = _sharded(model, blocks, train)
     steps, state, saved = steps_for(rows, train), *_found_state(folder)
+    for t in techniques:
+        t.steps = steps
     recorder = Recorder(_dynamics(folder, dist.rank()), step_of(state) if state else 0) if train.record else None
     outcome = Outcome(steps, 0, model=model, notes=[f"{name} was damaged and is not used" for name in damaged_states(folder)])
     dist.barrier()
@@ -137,6 +139,14 @@ def fit(
     finally:
         objective.remove()
     return _finished(outcome, trainer, loop, recorder, techniques, empty, folder)
+
+
+def objective_of(techniques: list[Technique], model: Any, tokenizer: Any, train: Train, seed: int) -> Objective:
+    """A technique's own objective, or what the model's class learns from."""
+    for t in techniques:
+        if (own := t.objective(model, tokenizer, train, seed)) is not None:
+            return own
+    return objective_class(model)(model, tokenizer, seed, train.mask_share)
 
 
 def _prepared(model: Any, rows: TokenRows, train: Train, techniques: list[Technique], seed: int) -> tuple[Any, TokenRows, list[Any]]:

@@ -196,17 +196,7 @@ class RankedPairs(Objective):
             model.config.pad_token_id = self._pad = model.config.eos_token_id or 0
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        texts = [r[k][: int(r["length"])] for k in ("chosen", "rejected") for r in rows]
-        ids, real = _padded(texts, 0), _padded([torch.ones_like(t) for t in texts], 0)
-        used = torch.tensor([r["example_id"] >= 0 for r in rows])
-        labels = torch.where(used, 0, IGNORE)[:, None]
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.where(real.any(1, keepdim=True), real, torch.ones_like(real)),
-            "labels": torch.cat([torch.full_like(labels, IGNORE), labels], 1),
-            "real": real.bool(),
-            "example_id": torch.tensor([r["example_id"] for r in rows]),
-        }
+        return pairs_together(rows)
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         ids, seen = batch["input_ids"], batch["attention_mask"].bool()
@@ -225,6 +215,26 @@ class RankedPairs(Objective):
         used = batch["labels"][:, 1:] != IGNORE
         assert outputs.logits is not None
         return {"accuracy": (float(((outputs.logits > 0) & used).sum()), float(used.sum()))}
+
+
+def pairs_together(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of B pairs: input_ids (2B, T), the chosen answers first; `answer` (2B, T) bool marks the answers' tokens.
+
+    labels (B, 2): one target a pair; `real` (2B, T).
+    """
+    both = [(r[k][: int(r["length"])], int(r.get(f"{k}_from", 0))) for k in ("chosen", "rejected") for r in rows]
+    ids, real = _padded([t for t, _ in both], 0), _padded([torch.ones_like(t) for t, _ in both], 0)
+    used = torch.tensor([r["example_id"] >= 0 for r in rows])
+    labels = torch.where(used, 0, IGNORE)[:, None]
+    begin = torch.tensor([n for _, n in both])[:, None]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.where(real.any(1, keepdim=True), real, torch.ones_like(real)),
+        "answer": real.bool() & (torch.arange(ids.shape[1]) >= begin),
+        "labels": torch.cat([torch.full_like(labels, IGNORE), labels], 1),
+        "real": real.bool(),
+        "example_id": torch.tensor([r["example_id"] for r in rows]),
+    }
 
 
 def _padded(values: list[Tensor], fill: int) -> Tensor:

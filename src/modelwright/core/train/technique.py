@@ -1,6 +1,6 @@
 """The contract of a training method, and how several are put together.
 
-A Technique has five optional parts: a data policy, an attachment, a selector, loss terms, an update rule. It says what it
+A Technique has six optional parts: a data policy, an objective, an attachment, a selector, loss terms, an update rule. It says what it
 works with; `combine` refuses a pair that does not go together with a sentence. A loss term returns a sum and a count,
 never a mean: sums are divided by the count over the whole accumulation window and all processes.
 """
@@ -34,6 +34,11 @@ _WHY = {
     "fsdp2": "it has no rule for sharded weights",
     "gradient_checkpointing": "activations are computed twice",
     "fused": "it needs an optimizer that steps one tensor at a time",
+}
+_ONE = {  # parts that only one method of a step may have
+    "load": "each trains a model of its own kind",
+    "rows": "each makes the rows its own way",
+    "objective": "each has a loss of its own",
 }
 _HOW = {
     "zero": "use torchrun with train.strategy ddp or fsdp2",
@@ -87,6 +92,18 @@ class Technique:
     first_task = False  # the first of a sequence of tasks
     stops: tuple[int, ...] = ()  # ids that end what the assistant says, where the method's own rows teach them
     whole_logits = False  # reads the logits of all tokens, which are not computed otherwise
+    same_kind = True  # the result is of the source's class, so that the certificate compares what the two give
+    source: Any = None  # the checkpoint that is tuned: a frozen reference can be loaded from it
+    steps = 0  # optimizer steps of the run
+    optimizer: Any = None  # set once it is made
+
+    def load(self, source: Any, dtype: Any) -> Any:
+        """The model to train, where it is not `source.model(dtype)`: another class, another head. None leaves it to that."""
+        return None
+
+    def objective(self, model: Any, tokenizer: Any, train: Train, seed: int) -> Any:
+        """The objective (core/train/objective.py) that the method trains under; None leaves it to what the model's class learns from."""
+        return None
 
     def rows(self, data: Data, tokenizer: Any, vocab: int, train: Train, seed: int) -> TokenRows | None:
         """Data policy: the rows of a source; None leaves it to plain texts and chats."""
@@ -106,6 +123,13 @@ class Technique:
 
     def select(self, model: Any, anatomy: Anatomy, seed: int) -> None:
         """Selector: take requires_grad away, before the optimizer exists."""
+
+    def groups(self, named: Named) -> list[dict[str, Any]]:
+        """Parameter groups with optimizer settings of their own: {"params": [...], "lr": 1.0, "maximize": True, "weight_decay": 0.0}.
+
+        The parameters that they name leave the usual groups; the schedule scales their rate as it does the others'.
+        """
+        return []
 
     def terms(self) -> list[LossTerm]:
         """Loss terms added to the sum."""
@@ -170,9 +194,10 @@ def environment(model: Any, train: Train) -> set[str]:
 
 def combine(techniques: list[Technique], environment: set[str]) -> None:
     """Raise UserError for techniques that do not work together or in this environment; called again after selection."""
-    makers = [t.name for t in techniques if overrides(t, "rows")]
-    if len(makers) > 1:
-        raise UserError(f"{' and '.join(makers)} do not combine", "each makes the rows its own way", "choose one of them")
+    for part, why in _ONE.items():
+        makers = [t.name for t in techniques if overrides(t, part)]
+        if len(makers) > 1:
+            raise UserError(f"{' and '.join(makers)} do not combine", why, "choose one of them")
     for t in techniques:
         needs = set(environment)
         if any(other.adapters for other in techniques if other is not t):

@@ -117,16 +117,30 @@ class Trainer(HFTrainer):
         return self.norm
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, or AdamW with stochastic rounding or bf16 moments."""
+        """transformers' own, or AdamW with stochastic rounding or bf16 moments; with the techniques' own groups."""
         k = self.settings
-        if self.optimizer is None and k.weights == "stored" and (k.rounding == "stochastic" or k.states == "bf16"):
+        if self.optimizer is not None:
+            return super().create_optimizer(*args, **kwargs)
+        if k.weights == "stored" and (k.rounding == "stochastic" or k.states == "bf16"):
             params = [p for p in self.model.parameters() if p.requires_grad]
             betas = (self.args.adam_beta1, self.args.adam_beta2)
             kind = torch.bfloat16 if k.states == "bf16" else torch.float32
             self.optimizer = StochasticAdamW(params, k.lr, betas, self.args.adam_epsilon, k.weight_decay, self.args.seed, kind)
             self.optimizer.stochastic = k.rounding == "stochastic"
-            return self.optimizer
-        return super().create_optimizer(*args, **kwargs)
+        else:
+            super().create_optimizer(*args, **kwargs)
+        self._own_groups()
+        return self.optimizer
+
+    def _own_groups(self) -> None:
+        """Give each technique its parameter groups and the optimizer."""
+        for t in self.techniques:
+            for group in t.groups(self._named()):
+                own = {id(p) for p in group["params"]}
+                for g in self.optimizer.param_groups:
+                    g["params"] = [p for p in g["params"] if id(p) not in own]
+                self.optimizer.add_param_group(group)
+            t.optimizer = self.optimizer
 
     @contextlib.contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
