@@ -58,7 +58,7 @@ def test_what_moves_the_base_is_refused_beside_four_bits(bits: None, tiny, tmp_p
             "tune.mix",
             base=tiny("mixtral"),
             to=tmp_path / "out",
-            methods=[{"lora": {"quantize": "nf4"}}, "gw_moe"],
+            methods=methods,
             train={"context": 16},
             **made("tokens", tmp_path),
         )
