@@ -95,6 +95,19 @@ ROWS: dict[str, Row] = {
     "tune.new_blocks": Row(
         {"train": _TRAIN, "blocks": [1]}, ("tests/tune/test_new_blocks.py",), families=(*DENSE, "gpt2", "mixtral"), data=True
     ),
+    "tune.masks": Row(
+        {"train": _TRAIN, "experts": 2, "top_k": 1, "hard": 0.5},
+        ("tests/tune/test_masks.py", "tests/tune/pruning/test_mixture.py", "tests/core/train/test_constraint.py"),
+        families=(*DENSE, "granite"),
+        data=True,
+        loads_in={
+            "llama": "GraniteMoeSharedForCausalLM",
+            "mistral": "GraniteMoeSharedForCausalLM",
+            "granite": "GraniteMoeSharedForCausalLM",
+            "qwen2": "Qwen2MoeForCausalLM",
+            "qwen3": "Qwen3MoeForCausalLM",
+        },
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),
