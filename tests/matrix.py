@@ -126,6 +126,13 @@ ROWS: dict[str, Row] = {
         data=True,
         loads_in={k: f"LoraMoe{k.title()}ForCausalLM" for k in DENSE},
     ),
+    "reshape.upit": Row(
+        {"experts": 3, "seed_rows": 6, "context": 16, "epochs": 1},
+        ("tests/reshape/test_upit.py", "tests/reshape/experts/test_population.py"),
+        families=("seedling",),
+        data="checkpoints",
+        loads_in={"seedling": "MixtralForCausalLM"},
+    ),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),

@@ -31,6 +31,7 @@ METHODS = [
     method("reshape.growth_plan", "when to grow: tokens of the small model by G_stack's law, both halves in FLOPs", "2405.15319", MEASURES),
     method("reshape.gqa", "fewer key and value heads without training: mean, first, or turned towards each other and then averaged", "2305.13245, 2412.20677", RESHAPES),
     method("reshape.moefy", "dense to mixture of experts by splitting the feed-forward part: same parameters, fewer per token", "2110.01786, 2502.04416", RESHAPES),
+    method("reshape.upit", "checkpoints of one tuning run as experts, more of them by DARE, routers trained in the dense experts", "2410.01610, 2311.03099", RESHAPES),
     method("reshape.half_reset", "give a tuned model half of its pre-trained matrices back", "2404.18466", RESHAPES),
     method("reshape.edit", "teach one fact by moving the keys or the values of one layer's memories", "2402.12233", RESHAPES),
     method("reshape.rmoe", "experts whose routers are recurrent over depth, from a dense model or from Mixtral", "2408.06793", RESHAPES, loads_in=OURS),

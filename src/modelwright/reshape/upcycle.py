@@ -30,7 +30,7 @@ from modelwright.core.knobs import knob
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.core.model.writer import Blueprint
-from modelwright.reshape.experts.assemble import written_config, dense_parts, dtypes_of, matrices, silent_shared, zero_biases
+from modelwright.reshape.experts.assemble import dense_parts, dtypes_of, matrices, silent_shared, written_config, zero_biases
 from modelwright.reshape.experts.routers import from_data, from_gates, generator, plain_router
 from modelwright.reshape.experts.stock import Target, choose
 
