@@ -26,12 +26,13 @@ from modelwright.core.model.writer import copy_companions
 from modelwright.core.train.loop import fit
 from modelwright.core.train.technique import Technique
 from modelwright.moe.load import divergence, expert_load
+from modelwright.testing import write_jsonl
 
 ARMS = ("UpIT", "UpIT, one-class vectors", "checkpoints, random router", "copies, random router")
 CONTEXT = 64
 
 
-def toy(seed: int, rows: int = 160) -> dict[str, Rows]:
+def toy(seed: int, rows: int = 144) -> dict[str, Rows]:
     """Three languages: each has its own table of which 4 of 60 words may follow a word."""
     found = {}
     for d in range(3):
@@ -45,7 +46,7 @@ def toy(seed: int, rows: int = 160) -> dict[str, Rows]:
     return found
 
 
-def text(seed: int, rows: int = 160) -> dict[str, Rows]:
+def text(seed: int, rows: int = 144) -> dict[str, Rows]:
     tokenizer, found = Checkpoint("seedling").tokenizer(), {}
     for name in ("c4", "code_stack", "en_wikipedia", "ja_mc4"):
         documents = read(Data(path=str(SHARED / "five_domain_text" / f"{name}.txt")))
@@ -67,7 +68,7 @@ def cut(rows: Rows, low: int, high: int) -> Rows:
 
 
 def train(base: Any, rows: Rows, to: Path, seed: int, epochs: float, lr: float, evals: dict[str, Rows]) -> Any:
-    settings = Train(epochs=epochs, lr=lr, batch=8, context=CONTEXT, eval_every=4, save_every=10**6, record=False, schedule="constant")
+    settings = Train(epochs=epochs, lr=lr, batch=8, context=CONTEXT, eval_every=6, save_every=10**6, record=False, schedule="constant")
     return fit(base, rows, settings, techniques=[Technique()], evals=evals, folder=to, seed=seed)
 
 
@@ -81,7 +82,7 @@ def run_of(task: str, seed: int, tmp: Path) -> tuple[Path, list[Path], dict[str,
     """The base, the checkpoints of the run, and the rows of each domain: for training, held out."""
     domains = (toy if task == "toy" else text)(seed)
     learn = {n: cut(r, 0, 120) for n, r in domains.items()}
-    held = {n: cut(r, 120, 160) for n, r in domains.items()}
+    held = {n: cut(r, 120, 144) for n, r in domains.items()}
     if task == "toy":
         torch.manual_seed(seed)
         config = LlamaConfig(
@@ -104,19 +105,16 @@ def run_of(task: str, seed: int, tmp: Path) -> tuple[Path, list[Path], dict[str,
 def measured(task: str, seed: int, tmp: Path) -> dict[str, dict[str, float]]:
     base, kept, learn, held = run_of(task, seed, tmp)
     rows, found = join(list(learn.values())), {}
-    lines = [{"input_ids": r.tolist()} for r in rows.ids]
-    from modelwright.testing import write_jsonl
-
-    data = write_jsonl(tmp / "rows.jsonl", lines)
+    data = write_jsonl(tmp / "rows.jsonl", [{"input_ids": r.tolist()} for r in rows.ids])
     experts = len(kept)
     for arm in ARMS:
         to, kind = tmp / arm, {"certificate": "structure"}
         if arm.startswith("copies"):
-            knobs: dict[str, Any] = {"experts": experts, "top_k": 1}
+            knobs: dict[str, Any] = {"experts": experts, "top_k": 2}
             modelwright.run("reshape.upcycle", base=kept[-1], to=to, seed=seed, save=kind, **knobs)
         else:
-            knobs = {"checkpoints": [str(k) for k in kept], "experts": experts, "top_k": 1, "context": CONTEXT, "data": data}
-            knobs |= {"seed_rows": 96, "router": "random" if "random" in arm else "trained", "negatives": "one-class" not in arm}
+            knobs = {"checkpoints": [str(k) for k in kept], "experts": experts, "top_k": 2, "context": CONTEXT, "data": data}
+            knobs |= {"seed_rows": 48, "router": "random" if "random" in arm else "trained", "negatives": "one-class" not in arm}
             modelwright.run("reshape.upit", base=base, to=to, seed=seed, save=kind, **knobs)
         model = Checkpoint(to).model()
         before = torch.stack([expert_load(model, r) for r in held.values()])

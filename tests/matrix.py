@@ -95,6 +95,12 @@ ROWS: dict[str, Row] = {
     "tune.new_blocks": Row(
         {"train": _TRAIN, "blocks": [1]}, ("tests/tune/test_new_blocks.py",), families=(*DENSE, "gpt2", "mixtral"), data=True
     ),
+    "tune.dha": Row(
+        {"train": _TRAIN | {"tokens": 128}, "budget": 0.5, "search": 1},
+        ("tests/tune/test_dha.py", "tests/tune/heads/test_grouping.py", "tests/models/test_dha_models.py"),
+        data=True,
+        loads_in={k: f"Dha{k.title()}ForCausalLM" for k in DENSE},
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),
