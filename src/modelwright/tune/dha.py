@@ -35,6 +35,7 @@ from modelwright.core.knobs import Train, Tune, knob
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.train.constraint import Constrained, Goal, detach
 from modelwright.core.train.loop import steps_for
+from modelwright.core.train.technique import Technique
 from modelwright.tune.heads.grouping import grouped, spend, within
 
 
@@ -170,6 +171,11 @@ class Dha(Constrained):
         return (torch.arange(self.heads) // size).expand(len(self.sites), 2, -1).clone()
 
     # ---- resume and report
+    def liveness(self, moved: dict[str, Tensor]) -> str:
+        if self.search == 1:  # the mixes of the first step are in the weights already
+            return Technique.liveness(self, moved)
+        return super().liveness(moved)
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"groups": self.groups_of}
 
