@@ -108,6 +108,12 @@ ROWS: dict[str, Row] = {
             "qwen3": "Qwen3MoeForCausalLM",
         },
     ),
+    "tune.dha": Row(
+        {"train": _TRAIN | {"tokens": 128}, "budget": 0.5, "search": 1},
+        ("tests/tune/test_dha.py", "tests/tune/heads/test_grouping.py", "tests/models/test_dha_models.py"),
+        data=True,
+        loads_in={k: f"Dha{k.title()}ForCausalLM" for k in DENSE},
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),
@@ -138,6 +144,13 @@ ROWS: dict[str, Row] = {
         ("tests/tune/test_lora_moe.py",),
         data=True,
         loads_in={k: f"LoraMoe{k.title()}ForCausalLM" for k in DENSE},
+    ),
+    "reshape.upit": Row(
+        {"experts": 3, "seed_rows": 6, "context": 16, "epochs": 1},
+        ("tests/reshape/test_upit.py", "tests/reshape/experts/test_population.py"),
+        families=("seedling",),
+        data="checkpoints",
+        loads_in={"seedling": "MixtralForCausalLM"},
     ),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),

@@ -229,6 +229,25 @@ def _answers(folder: Path) -> dict[str, Any]:
     """Two answers to each prompt: a short and a long one."""
     rows = [{"prompt": f"Say {w}.", "chosen": f" {w}", "rejected": f" I would rather not say {w}."} for w in _WORDS]
     return {"data": write_jsonl(folder / "answers.jsonl", rows)}
+def _checkpoints(folder: Path) -> dict[str, Any]:
+    """Two checkpoints that could be of one tuning run of the seedling, and its data."""
+    import torch
+
+    from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+    from modelwright.core.model.writer import copy_companions
+
+    silence_transformers()
+    source, told = Checkpoint("seedling"), []
+    for i in (1, 2):
+        model, g = source.model(torch.float32), torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if ".mlp." in name:
+                    p.add_(torch.randn(p.shape, generator=g) * 0.1 * p.std())
+        model.save_pretrained(folder / f"checkpoint-{i}", max_shard_size="5GB")
+        copy_companions(source, folder / f"checkpoint-{i}")
+        told.append(str(folder / f"checkpoint-{i}"))
+    return {"checkpoints": told} | _text(folder)
 
 
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
@@ -246,4 +265,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "pages": _pages,
     "functions": _functions,
     "answers": _answers,
+    "checkpoints": _checkpoints,
 }

@@ -68,6 +68,8 @@ SAMPLES: dict[str, Sample] = {
     "inspect.experts": Sample({"tokens": 2048, "pairs": 3}, before=(_TEXT, _MIXTURE)),
     "inspect.modularity": Sample({"partitions": 20, "disturb": [0.06], "draws": 1}, "functions"),
     "tune.masks": Sample({"experts": 4, "top_k": 2, "ramp": 0.3, "hard": 0.2}, before=(_TEXT,)),
+    "reshape.upit": Sample({"experts": 4, "seed_rows": 8, "context": 64, "epochs": 2}, "checkpoints"),
+    "tune.dha": Sample({"budget": 0.5, "search": 5}, before=(_TEXT,)),
 }
 
 
