@@ -101,6 +101,7 @@ ROWS: dict[str, Row] = {
         families=("seedling",),
         data="chats",
     ),
+    "tune.sftmix": Row({"train": _TRAIN}, ("tests/tune/test_sftmix.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral"), data=True),
     "tune.mix": Row({"train": _TRAIN, "methods": ["hft", {"migu": {"guard": "update"}}]}, ("tests/tune/test_mix.py",), data=True),
     "tune.balance": Row(
         {"train": _TRAIN},
