@@ -102,6 +102,12 @@ ROWS: dict[str, Row] = {
         data="chats",
     ),
     "tune.sftmix": Row({"train": _TRAIN}, ("tests/tune/test_sftmix.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral"), data=True),
+    "tune.moi": Row(
+        {"train": _TRAIN | {"context": 96}, "systems": {"sums": "You add.", "talk": "You talk."}},
+        ("tests/tune/test_moi.py",),
+        families=("seedling",),
+        data="domains",
+    ),
     "tune.mix": Row({"train": _TRAIN, "methods": ["hft", {"migu": {"guard": "update"}}]}, ("tests/tune/test_mix.py",), data=True),
     "tune.balance": Row(
         {"train": _TRAIN},
