@@ -108,6 +108,12 @@ ROWS: dict[str, Row] = {
         families=("seedling",),
         data="domains",
     ),
+    "tune.spiel": Row(
+        {"train": _TRAIN, "rank": 1, "reselect": 2, "window": 1},
+        ("tests/tune/test_spiel.py",),
+        families=(*DENSE, "gpt2", "phi3", "mixtral"),
+        data=True,
+    ),
     "tune.mix": Row({"train": _TRAIN, "methods": ["hft", {"migu": {"guard": "update"}}]}, ("tests/tune/test_mix.py",), data=True),
     "tune.balance": Row(
         {"train": _TRAIN},

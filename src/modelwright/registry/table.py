@@ -45,6 +45,7 @@ METHODS = [
     method("tune.c_rlft", "mixed-quality chats: the source as a condition and a weight, padding-free packing", "2309.11235", TUNES),
     method("tune.sftmix", "mix the hidden states of well-learnt and badly-learnt examples beside plain tuning", "2410.05248", TUNES),
     method("tune.moi", "several skills at once: a system prompt a domain, balanced chunks, a mask between chunks", "2404.18410", TUNES),
+    method("tune.spiel", "sparse differences to the weights, dropped and grown while training; the memory of LoRA", "2401.16405", TUNES),
     method("tune.gw_moe", "tokens with an undecided router are sent to all experts while training", "2406.12375", TUNES),
     method("tune.rectify", "train experts under a capacity, with dropped tokens and empty slots put to use", "2402.12399", TUNES),
     method("tune.lora_moe", "LoRA experts with a soft router on a frozen dense model, in two groups for knowledge and for tasks", "2312.09979", TUNES, loads_in=OURS),
