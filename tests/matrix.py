@@ -120,6 +120,19 @@ ROWS: dict[str, Row] = {
         families=("seedling",),
         data="chats",
     ),
+    "tune.sftmix": Row({"train": _TRAIN}, ("tests/tune/test_sftmix.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral"), data=True),
+    "tune.moi": Row(
+        {"train": _TRAIN | {"context": 96}, "systems": {"sums": "You add.", "talk": "You talk."}},
+        ("tests/tune/test_moi.py",),
+        families=("seedling",),
+        data="domains",
+    ),
+    "tune.spiel": Row(
+        {"train": _TRAIN, "rank": 1, "reselect": 2, "window": 1},
+        ("tests/tune/test_spiel.py",),
+        families=(*DENSE, "gpt2", "phi3", "mixtral"),
+        data=True,
+    ),
     "tune.mix": Row({"train": _TRAIN, "methods": ["hft", {"migu": {"guard": "update"}}]}, ("tests/tune/test_mix.py",), data=True),
     "tune.balance": Row(
         {"train": _TRAIN},

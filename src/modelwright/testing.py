@@ -140,6 +140,16 @@ def _chats(folder: Path) -> dict[str, Any]:
     return {"data": write_jsonl(folder / "chats.jsonl", rows)}
 
 
+def _domains(folder: Path) -> dict[str, Any]:
+    """Chats of two domains, three of one for each of the other, for a model without a chat template."""
+    rows = []
+    for i in range(24):
+        asked, told = (f"what is {i} and 1", f"it is {i + 1}") if i % 4 else (f"say {_WORDS[i % 12]}", _WORDS[i % 12])
+        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+        rows.append({"messages": messages, "domain": "sums" if i % 4 else "talk"})
+    return {"data": {"path": write_jsonl(folder / "domains.jsonl", rows), "column": "messages", "chat_template": "turns"}}
+
+
 def _fact(folder: Path) -> dict[str, Any]:
     (folder / "fact.json").write_text(json.dumps({"prompt": "import os is", "new": "red", "true": "blue", "neighbours": ["import re is"]}))
     return {"fact": str(folder / "fact.json")}
@@ -255,6 +265,7 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
     "tokens": _tokens,
     "chats": _chats,
+    "domains": _domains,
     "fact": _fact,
     "matrix": _matrix,
     "chains": _chains,

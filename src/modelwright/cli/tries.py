@@ -70,6 +70,7 @@ SAMPLES: dict[str, Sample] = {
     "tune.masks": Sample({"experts": 4, "top_k": 2, "ramp": 0.3, "hard": 0.2}, before=(_TEXT,)),
     "reshape.upit": Sample({"experts": 4, "seed_rows": 8, "context": 64, "epochs": 2}, "checkpoints"),
     "tune.dha": Sample({"budget": 0.5, "search": 5}, before=(_TEXT,)),
+    "tune.moi": Sample({"systems": {"sums": "You add.", "talk": "You talk."}}, "domains"),
 }
 
 
