@@ -126,6 +126,9 @@ ROWS: dict[str, Row] = {
         data=True,
         loads_in={k: f"LoraMoe{k.title()}ForCausalLM" for k in DENSE},
     ),
+    "tune.knife": Row(
+        {"train": _TRAIN | {"context": 64}, "way": "teacher"}, ("tests/tune/test_knife.py",), families=("seedling",), data="questions"
+    ),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),

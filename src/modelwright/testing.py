@@ -209,6 +209,15 @@ def _judged(folder: Path) -> dict[str, Any]:
     return {"pairs": write_jsonl(folder / "judged.jsonl", rows)}
 
 
+def _questions(folder: Path) -> dict[str, Any]:
+    """Questions with two choices and a rationale that tells the rule."""
+    rows = (
+        {"question": f"Is a {w} in the {p}?", "answer": i % 2 == 0, "rationale": f"The {p} holds every {w if i % 2 == 0 else 'cat'}."}
+        for i, (w, p) in enumerate((w, p) for w in _WORDS for p in ("box", "hall"))
+    )
+    return {"data": write_jsonl(folder / "questions.jsonl", rows)}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -221,4 +230,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "judged": _judged,
     "losses": _losses,
     "days": _days,
+    "questions": _questions,
 }
