@@ -240,6 +240,28 @@ def _questions(folder: Path) -> dict[str, Any]:
     return {"data": write_jsonl(folder / "questions.jsonl", rows)}
 
 
+def _entities(folder: Path) -> dict[str, Any]:
+    """Sentences with linked mentions, and a vector for each entity but the last."""
+    rows, vectors = [], []
+    for i, w in enumerate(_WORDS):
+        rows += [
+            {"text": f"We saw the {w} {v}.", "entities": [{"id": f"Q{i}", "start": 11, "end": 11 + len(w)}]} for v in ("today", "again")
+        ]
+        vectors.append({"id": f"Q{i}", "vector": [math.sin(i * k) for k in range(1, 9)]})
+    return {
+        "data": write_jsonl(folder / "sentences.jsonl", rows),
+        "vectors": write_jsonl(folder / "vectors.jsonl", vectors[:-1]),
+    }
+
+
+def _plugged(folder: Path) -> dict[str, Any]:
+    """Results in the layout of map-tuning's repository."""
+    f1 = {"BaseModel/BERT": 0.4, "Plug_General/BERT": 0.5, "Plug_TaskSpecific": 0.6}
+    held: dict[str, Any] = {f"output/Task/{way}/test_result.out": {"micro_f1": v} for way, v in f1.items()}
+    (folder / "results.json").write_text(json.dumps(held | {"mapping_networks/Wikipedia/NoDropout/loss_1": 6.5}))
+    return {"published": str(folder / "results.json")}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -256,4 +278,6 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "functions": _functions,
     "answers": _answers,
     "questions": _questions,
+    "entities": _entities,
+    "plugged": _plugged,
 }

@@ -68,6 +68,8 @@ SAMPLES: dict[str, Sample] = {
     "inspect.experts": Sample({"tokens": 2048, "pairs": 3}, before=(_TEXT, _MIXTURE)),
     "inspect.modularity": Sample({"partitions": 20, "disturb": [0.06], "draws": 1}, "functions"),
     "tune.knife": Sample({"way": "teacher"}, "questions"),
+    "tune.map_tuning": Sample({}, "entities"),
+    "inspect.map_tuning": Sample({}, "plugged"),
 }
 
 
