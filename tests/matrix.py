@@ -165,6 +165,16 @@ ROWS: dict[str, Row] = {
         data="checkpoints",
         loads_in={"seedling": "MixtralForCausalLM"},
     ),
+    "tune.knife": Row(
+        {"train": _TRAIN | {"context": 64}, "way": "teacher"}, ("tests/tune/test_knife.py",), families=("seedling",), data="questions"
+    ),
+    "tune.map_tuning": Row(
+        {"train": _TRAIN | {"context": 64}},
+        ("tests/tune/test_map_tuning.py", "tests/tune/entities/test_mentions.py"),
+        families=("seedling",),
+        data="entities",
+    ),
+    "inspect.map_tuning": Row({}, ("tests/inspect/test_published_maps.py",), families=("",), data="plugged"),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),

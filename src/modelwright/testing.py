@@ -260,6 +260,37 @@ def _checkpoints(folder: Path) -> dict[str, Any]:
     return {"checkpoints": told} | _text(folder)
 
 
+def _questions(folder: Path) -> dict[str, Any]:
+    """Questions with two choices and a rationale that tells the rule."""
+    rows = (
+        {"question": f"Is a {w} in the {p}?", "answer": i % 2 == 0, "rationale": f"The {p} holds every {w if i % 2 == 0 else 'cat'}."}
+        for i, (w, p) in enumerate((w, p) for w in _WORDS for p in ("box", "hall"))
+    )
+    return {"data": write_jsonl(folder / "questions.jsonl", rows)}
+
+
+def _entities(folder: Path) -> dict[str, Any]:
+    """Sentences with linked mentions, and a vector for each entity but the last."""
+    rows, vectors = [], []
+    for i, w in enumerate(_WORDS):
+        rows += [
+            {"text": f"We saw the {w} {v}.", "entities": [{"id": f"Q{i}", "start": 11, "end": 11 + len(w)}]} for v in ("today", "again")
+        ]
+        vectors.append({"id": f"Q{i}", "vector": [math.sin(i * k) for k in range(1, 9)]})
+    return {
+        "data": write_jsonl(folder / "sentences.jsonl", rows),
+        "vectors": write_jsonl(folder / "vectors.jsonl", vectors[:-1]),
+    }
+
+
+def _plugged(folder: Path) -> dict[str, Any]:
+    """Results in the layout of map-tuning's repository."""
+    f1 = {"BaseModel/BERT": 0.4, "Plug_General/BERT": 0.5, "Plug_TaskSpecific": 0.6}
+    held: dict[str, Any] = {f"output/Task/{way}/test_result.out": {"micro_f1": v} for way, v in f1.items()}
+    (folder / "results.json").write_text(json.dumps(held | {"mapping_networks/Wikipedia/NoDropout/loss_1": 6.5}))
+    return {"published": str(folder / "results.json")}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -277,4 +308,7 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "functions": _functions,
     "answers": _answers,
     "checkpoints": _checkpoints,
+    "questions": _questions,
+    "entities": _entities,
+    "plugged": _plugged,
 }

@@ -71,6 +71,9 @@ SAMPLES: dict[str, Sample] = {
     "reshape.upit": Sample({"experts": 4, "seed_rows": 8, "context": 64, "epochs": 2}, "checkpoints"),
     "tune.dha": Sample({"budget": 0.5, "search": 5}, before=(_TEXT,)),
     "tune.moi": Sample({"systems": {"sums": "You add.", "talk": "You talk."}}, "domains"),
+    "tune.knife": Sample({"way": "teacher"}, "questions"),
+    "tune.map_tuning": Sample({}, "entities"),
+    "inspect.map_tuning": Sample({}, "plugged"),
 }
 
 
