@@ -213,7 +213,7 @@ def stock(model: RewardModel) -> Any:
 class RewardFunction:
     """f(prompts=, completions=, **columns) -> list of float, from a saved reward model; texts or chats.
 
-    A text is encoded as in training: prompt and completion together, with the tokenizer's end token. `score` takes token ids. `bias` is C of
+    A text is encoded as in training: prompt and completion together, with the tokenizer's end token. `score` takes ids. `bias` is C of
     the last call, None where the model has none. Texts longer than the model's positions lose the beginning of their prompt; `cut` counts
     them. Raises UserError for a model that is no reward model, and for a reward that is not finite.
     """
