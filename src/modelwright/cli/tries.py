@@ -68,6 +68,7 @@ SAMPLES: dict[str, Sample] = {
     "inspect.experts": Sample({"tokens": 2048, "pairs": 3}, before=(_TEXT, _MIXTURE)),
     "inspect.modularity": Sample({"partitions": 20, "disturb": [0.06], "draws": 1}, "functions"),
     "reward.train": Sample({"debias": "pbc", "train": {"epochs": 8, "batch": 4, "context": 64, "lr": 1e-3}}, "answers"),
+    "tune.dpo": Sample({"train": {"epochs": 8, "batch": 4, "context": 64, "lr": 5e-4}}, "answers"),
 }
 
 

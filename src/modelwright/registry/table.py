@@ -48,6 +48,7 @@ METHODS = [
     method("tune.lora_moe", "LoRA experts with a soft router on a frozen dense model, in two groups for knowledge and for tasks", "2312.09979", TUNES, loads_in=OURS),
     method("tune.balance", "keep the load of experts even: per-layer and global-batch losses, z-loss, or a bias without a loss", "2101.03961, 2501.11873, 2412.19437, 2202.08906, 2408.15664", TUNES),
     method("tune.lora", "train low-rank adapters through PEFT, saved as an adapter or merged", "2106.09685", TUNES, loads_in=STOCK + ", PEFT"),
+    method("tune.dpo", "direct preference optimisation from pairs of answers: DPO, IPO, hinge; the reference is computed once and kept on disk", "2305.18290, 2310.12036", TUNES),
     method("reward.train", "a reward model from pairs of answers; biases of the prompt and of the length taken out: PBC, ODIN, LPBC", "2203.02155, 2402.07319", TUNES, loads_in="transformers; with further heads after `import modelwright.models`"),
     method("reward.calibrate", "take a known bias, such as length, out of recorded reward scores", "2409.17407", SCORES),
     method("reward.bench", "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated", "2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475", MEASURES),
