@@ -63,11 +63,12 @@ def check_method(
 def _check_model(result: Any, loads_in: str, bf16: bool) -> None:
     """A stock class loads the folder; sizes and types are as the certificate and the base say."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     certificate = result.certificate
     assert certificate["passed"] in (True, None), f"the certificate failed: {certificate}"
-    model = AutoModelForCausalLM.from_pretrained(result.to)
+    is_reward = certificate["loads_in"].endswith(("ForSequenceClassification", "RewardModel"))
+    model = (AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM).from_pretrained(result.to)
     expected = loads_in or certificate["loads_in"]
     assert type(model).__name__ == certificate["loads_in"] == expected, f"loads in {type(model).__name__}, not in {expected}"
     count = sum(p.numel() for p in model.parameters())

@@ -74,6 +74,8 @@ SAMPLES: dict[str, Sample] = {
     "tune.knife": Sample({"way": "teacher"}, "questions"),
     "tune.map_tuning": Sample({}, "entities"),
     "inspect.map_tuning": Sample({}, "plugged"),
+    "reward.train": Sample({"debias": "pbc", "train": {"epochs": 8, "batch": 4, "context": 64, "lr": 1e-3}}, "answers"),
+    "tune.dpo": Sample({"train": {"epochs": 8, "batch": 4, "context": 64, "lr": 5e-4}}, "answers"),
 }
 
 
