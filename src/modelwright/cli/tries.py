@@ -60,6 +60,15 @@ SAMPLES: dict[str, Sample] = {
     "judge.llmbar": Sample({"strategies": ["vanilla", "rules"], "verdict": "logits"}, "judged"),
     "judge.select": Sample({"n": 8, "window": 3}, "chains"),
     "judge.aor": Sample({"n": 4, "max": 8, "verifier": "letters"}, "chains", base=False),
+    "rl.ppo": Sample(
+        {
+            "reward_function": "modelwright.rl.rollout.examples:letters",
+            "response_tokens": 32,
+            "updates": 20,
+            "train": {"batch": 16, "lr": 1e-4, "warmup": 0.0},
+        },
+        "text",
+    ),
 }
 
 
