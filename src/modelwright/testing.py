@@ -209,6 +209,28 @@ def _judged(folder: Path) -> dict[str, Any]:
     return {"pairs": write_jsonl(folder / "judged.jsonl", rows)}
 
 
+def _pages(folder: Path) -> dict[str, Any]:
+    """Web pages with a menu, a text and a foot."""
+    (folder / "pages").mkdir(exist_ok=True)
+    for w in _WORDS:
+        told = "".join(f"<p>The {w} stood in the {place} and nobody had seen it for many years.</p>" for place in ("yard", "house", "wood"))
+        page = f"<html><body><nav>Home | News</nav><article><h1>The {w}</h1>{told}</article><footer>Imprint</footer></body></html>"
+        (folder / "pages" / f"{w}.html").write_text(page)
+    return {"pages": str(folder / "pages")}
+
+
+def _functions(folder: Path) -> dict[str, Any]:
+    """Labelled examples of one function: texts about one of two words."""
+    rows = [{"function": "word", "text": f"{i} {('apple', 'boat')[i % 2]} and {i + 7} more.", "label": i % 2} for i in range(24)]
+    return {"examples": write_jsonl(folder / "examples.jsonl", rows)}
+
+
+def _answers(folder: Path) -> dict[str, Any]:
+    """Two answers to each prompt: a short and a long one."""
+    rows = [{"prompt": f"Say {w}.", "chosen": f" {w}", "rejected": f" I would rather not say {w}."} for w in _WORDS]
+    return {"data": write_jsonl(folder / "answers.jsonl", rows)}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -221,4 +243,7 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "judged": _judged,
     "losses": _losses,
     "days": _days,
+    "pages": _pages,
+    "functions": _functions,
+    "answers": _answers,
 }

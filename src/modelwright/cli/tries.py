@@ -60,6 +60,13 @@ SAMPLES: dict[str, Sample] = {
     "judge.llmbar": Sample({"strategies": ["vanilla", "rules"], "verdict": "logits"}, "judged"),
     "judge.select": Sample({"n": 8, "window": 3}, "chains"),
     "judge.aor": Sample({"n": 4, "max": 8, "verifier": "letters"}, "chains", base=False),
+    "curate.extract": Sample({"how": "plain"}, "pages"),
+    "curate.web": Sample({"extract": {"how": "plain"}, "rules": {"use": []}}, "pages"),
+    "reshape.moefy": Sample({"experts": 8, "top_k": 4, "router": "ridge", "tokens": "4k"}, before=(_TEXT,)),
+    "tune.masked": Sample({"ramp": 1}, before=(_TEXT, {"reshape.grow": {"operator": "masked", "depth": 2}})),
+    "tune.new_blocks": Sample(before=(_TEXT, {"reshape.grow": {"operator": "zero", "depth": 2}})),
+    "inspect.experts": Sample({"tokens": 2048, "pairs": 3}, before=(_TEXT, _MIXTURE)),
+    "inspect.modularity": Sample({"partitions": 20, "disturb": [0.06], "draws": 1}, "functions"),
     "rl.ppo": Sample(
         {
             "reward_function": "modelwright.rl.rollout.examples:letters",
