@@ -215,6 +215,17 @@ ROWS: dict[str, Row] = {
     "reward.bench": Row(
         {"suite": "rewardbench", "scores": _PAIRS, "ratio": 0.5, "draws": 100}, ("tests/reward/test_reward_bench.py",), families=("",)
     ),
+    "rl.ppo": Row(
+        {
+            "train": {"batch": 4, "lr": 1e-2, "warmup": 0.0, "save_every": 100},
+            "reward_function": "modelwright.rl.rollout.examples:letters",
+            "response_tokens": 6,
+            "updates": 2,
+        },
+        ("tests/rl/test_ppo.py", "tests/rl/test_macro.py", "tests/rl/test_rollout.py"),
+        families=(*DENSE, "gpt2", "mixtral"),
+        data=True,
+    ),
     "cache.generate": Row(
         {"prompt": "def read(self, size=-1):\n" * 6, "keep": 0.3, "max_new_tokens": 4},
         (

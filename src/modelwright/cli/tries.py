@@ -76,6 +76,15 @@ SAMPLES: dict[str, Sample] = {
     "inspect.map_tuning": Sample({}, "plugged"),
     "reward.train": Sample({"debias": "pbc", "train": {"epochs": 8, "batch": 4, "context": 64, "lr": 1e-3}}, "answers"),
     "tune.dpo": Sample({"train": {"epochs": 8, "batch": 4, "context": 64, "lr": 5e-4}}, "answers"),
+    "rl.ppo": Sample(
+        {
+            "reward_function": "modelwright.rl.rollout.examples:letters",
+            "response_tokens": 32,
+            "updates": 20,
+            "train": {"batch": 16, "lr": 1e-4, "warmup": 0.0},
+        },
+        "text",
+    ),
 }
 
 

@@ -60,6 +60,7 @@ METHODS = [
     method("reward.train", "a reward model from pairs of answers; biases of the prompt and of the length taken out: PBC, ODIN, LPBC", "2203.02155, 2402.07319", TUNES, loads_in="transformers; with further heads after `import modelwright.models`"),
     method("reward.calibrate", "take a known bias, such as length, out of recorded reward scores", "2409.17407", SCORES),
     method("reward.bench", "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated", "2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475", MEASURES),
+    method("rl.ppo", "PPO with a critic over tokens or macro actions; a reward model or function, a frozen reference", "2410.02743, 1707.06347, 2203.02155", TUNES),
     method("cache.generate", "continue a long prompt with most of its keys and values evicted: NACL and seven known ways", "2408.03675", SERVES),
     method("cache.bench", "what a checkpoint loses under each way to evict, on your text and on made tasks", "2408.03675", PROBES),
     method("inspect.depth", "what each block does: gradient norm, angular distances, the loss without it", "2412.13795, 2403.17887", PROBES),
