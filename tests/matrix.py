@@ -144,8 +144,8 @@ ROWS: dict[str, Row] = {
         (
             "tests/judge/test_llmbar.py",
             "tests/judge/ask/test_verdict.py",
-            "tests/judge/ask/test_judges.py",
-            "tests/judge/ask/test_endpoint.py",
+            "tests/core/ask/test_judges.py",
+            "tests/core/ask/test_endpoint.py",
         ),
         families=("",),
     ),
