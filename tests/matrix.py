@@ -210,6 +210,12 @@ ROWS: dict[str, Row] = {
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
         families=("",),
     ),
+    "curate.instructors": Row(
+        {"sample_size": 4},
+        ("tests/curate/test_instructors.py", "tests/curate/generators/test_grading.py", "tests/curate/generators/test_task_forms.py"),
+        families=("",),
+        data="lessons",
+    ),
     "reshape.moefy": Row(
         {"experts": 6, "top_k": 2, "router": "ridge", "context": 16},
         ("tests/reshape/test_moefy.py", "tests/reshape/experts/test_split.py", "tests/moe/test_partition.py"),

@@ -23,7 +23,8 @@ The published code differs in this:
 - It does not look at test sets. Here a sample that has 13 words in a row from a test question, or is one, is removed.
 - Its prompts ask for code without tests. The wording of all prompts here is ours.
 
-Answers are kept (`cache`): a run that was stopped asks only for what is missing. A request that failed is counted and asked again next time.
+Answers are kept (`cache`): a run that was stopped asks only for what is missing. A request that failed is counted, and asked again by
+the next run.
 """
 
 import json
@@ -98,7 +99,7 @@ def instructors(knobs: Knobs, job: StepContext) -> EvalResult:
     if not rows:
         lost = "; ".join(f"{n:,} {reason}" for reason, n in _reasons(lessons).most_common(3))
         raise UserError(
-            "the instructor gave nothing usable", lost or "it was never asked", "look at removed.jsonl, or ask a stronger model"
+            "the instructor gave nothing usable", lost or "it was never asked", "ask a stronger model; --cache FILE keeps its answers"
         )
     return _finding(lessons, graded, desk.plain(), {"tasks": len(tasks), "unanswered": unanswered, "tasks_in_test_sets": repeated})
 
@@ -185,6 +186,10 @@ def _reasons(lessons: dict[Kind, Lesson]) -> Counter[str]:
     return sum((lesson.reasons for lesson in lessons.values()), Counter())
 
 
+def _plain(lesson: Lesson) -> dict[str, int]:
+    return {"kept": len(lesson.kept), "calls": lesson.calls, "samples_per_call": lesson.per_call, "rounds": lesson.rounds}
+
+
 def _finding(lessons: dict[Kind, Lesson], graded: dict[Kind, Counter[str]], counts: Counts, facts: dict[str, int]) -> EvalResult:
     kept = sum(len(lesson.kept) for lesson in lessons.values())
     reasons = _reasons(lessons)
@@ -193,9 +198,7 @@ def _finding(lessons: dict[Kind, Lesson], graded: dict[Kind, Counter[str]], coun
         "kept": kept,
         **facts,
         "graded": {kind: dict(c) for kind, c in graded.items()},
-        "lessons": {
-            k: {"kept": len(v.kept), "calls": v.calls, "samples_per_call": v.per_call, "rounds": v.rounds} for k, v in lessons.items()
-        },
+        "lessons": {k: _plain(v) for k, v in lessons.items()},
         "removed": dict(reasons),
         "requests": counts,
     }

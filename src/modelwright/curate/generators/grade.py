@@ -9,6 +9,7 @@ import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from modelwright.core import sandbox
@@ -163,6 +164,7 @@ def grade_code(row: dict[str, Any], response: str, official: bool = False) -> Gr
     return Grade(False, failed)
 
 
+@lru_cache(maxsize=4096)  # the published reading of a program is often ours too
 def runs(program: str, seconds: float = 5) -> str:
     """Empty where the program comes to its end in the sandbox, else why it does not."""
     end = secrets.token_hex(8)  # what only a program that came to its end prints last

@@ -18,6 +18,11 @@ _ROLE = {
     "choice": "You are a patient teacher who writes multiple-choice questions.",
     "code": "You are a patient teacher of Python who writes programming exercises.",
 }
+_TO_STUDENT = {
+    "number": "",
+    "choice": "Choose the right answer among A, B, C and D.\n\n",
+    "code": "Complete this Python function.\n\n",
+}
 _RULES = (
     "Each sample is new, clear and complete in itself, is about as difficult as the question shown, and its answer is right. "
     "Where a wrong answer is shown, find what went wrong in it, and write samples that train exactly that."
@@ -28,7 +33,8 @@ _FORM = {
         "similar questions, each with its calculation and its final number",
     ),
     "choice": (
-        "### Question 1\nthe question\nA. first option\nB. second option\nC. third option\nD. fourth option\n### Answer 1\nA. a short explanation",
+        "### Question 1\nthe question\nA. first option\nB. second option\nC. third option\nD. fourth option\n"
+        "### Answer 1\nA. a short explanation",
         "similar questions, each with four different options, the right letter and a short explanation",
     ),
     "code": (
@@ -62,9 +68,7 @@ def question_of(kind: Kind, row: dict[str, Any]) -> str:
 
 def to_student(kind: Kind, question: str, max_tokens: int) -> Prompt:
     """The request to the student: greedy, as published."""
-    before = {"number": "", "choice": "Choose the right answer among A, B, C and D.\n\n", "code": "Complete this Python function.\n\n"}[
-        kind
-    ]
+    before = _TO_STUDENT[kind]
     return Prompt((("user", before + question),), max_tokens)
 
 
@@ -111,8 +115,9 @@ def parse(kind: Kind, text: str) -> tuple[list[Sample], int]:
     """The samples in a reply, and how many of its questions are not whole."""
     marks = list(_PART.finditer(text))
     found: dict[str, dict[str, str]] = {}
-    for mark, after in zip(marks, [*marks[1:], None], strict=True):
-        body = text[mark.end() : after.start() if after else len(text)].strip("\n")
+    ends = [*(mark.start() for mark in marks[1:]), len(text)]
+    for mark, end in zip(marks, ends, strict=False):  # without a mark there is no end
+        body = text[mark.end() : end]
         found.setdefault(mark[2], {}).setdefault(mark[1].lower()[:4], body.strip())
     samples = [s for parts in found.values() if (s := _sample(kind, parts))]
     return samples, len(found) - len(samples)

@@ -73,7 +73,8 @@ def _number(s: Sample) -> str:
         computed, said = value(formula), value(result)
         if computed is None or said is None:
             return "calculation not understood"
-        if abs(computed - said) > Fraction(1, 10 ** len(result.partition(".")[2])):  # rounded up or down
+        rounding = 0 if computed.denominator == 1 else Fraction(1, 10 ** len(result.partition(".")[2]))  # up or down
+        if computed != said and abs(computed - said) >= rounding:
             return "wrong calculation"
     final = _NUMBER.findall(_UNITS.sub("", final_number(s.answer)))
     if len(final) != 1:

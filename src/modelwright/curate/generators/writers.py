@@ -1,4 +1,4 @@
-"""The model that writes data: an endpoint, a checkpoint, or a record of what one wrote before. Answers are kept and never paid for twice."""
+"""The model that writes data: an endpoint, a checkpoint, or a record of what one wrote. Answers are kept and never paid for twice."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,9 +31,10 @@ class Writes(Protocol):
 
 
 class Recorded:
-    """A generator that was recorded: rows of `prompt` (the last message) and `answer`.
+    """A generator that was recorded, or written by hand: rows of `prompt` and `answer`.
 
-    The n-th row of a prompt answers its n-th attempt. A prompt that is not there fails with the status "not recorded".
+    A row fits a request whose last message contains its prompt; the prompt that ends last counts, of these the longest. The n-th row of a
+    prompt answers its n-th attempt. A request that no row fits fails with the status "not recorded".
     """
 
     def __init__(self, file: Path):
@@ -48,12 +49,16 @@ class Recorded:
 
     def ask(self, prompts: Sequence[Prompt]) -> Iterator[tuple[int, Answer]]:
         for i, prompt in enumerate(prompts):
-            said = self.answers.get(prompt.messages[-1][1], [])
+            said = self._fitting(prompt.messages[-1][1])
             if prompt.attempt < len(said):
                 text = said[prompt.attempt]
                 yield i, Answer(text, "ok" if text else "empty")
             else:
                 yield i, Answer(status="not recorded")
+
+    def _fitting(self, text: str) -> list[str]:
+        places = [(text.rfind(p) + len(p), len(p), p) for p in self.answers if p in text]
+        return self.answers[max(places)[2]] if places else []
 
 
 def open_writer(knobs: Writes, folder: Path, seed: int) -> Desk:
