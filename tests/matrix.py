@@ -203,8 +203,8 @@ ROWS: dict[str, Row] = {
         (
             "tests/judge/test_llmbar.py",
             "tests/judge/ask/test_verdict.py",
-            "tests/judge/ask/test_judges.py",
-            "tests/judge/ask/test_endpoint.py",
+            "tests/core/ask/test_judges.py",
+            "tests/core/ask/test_endpoint.py",
         ),
         families=("",),
     ),
@@ -279,6 +279,12 @@ ROWS: dict[str, Row] = {
         _DAYS | {"draws": 100},
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
         families=("",),
+    ),
+    "curate.instructors": Row(
+        {"sample_size": 4},
+        ("tests/curate/test_instructors.py", "tests/curate/generators/test_grading.py", "tests/curate/generators/test_task_forms.py"),
+        families=("",),
+        data="lessons",
     ),
     "reshape.moefy": Row(
         {"experts": 6, "top_k": 2, "router": "ridge", "context": 16},

@@ -290,6 +290,21 @@ def _plugged(folder: Path) -> dict[str, Any]:
     held: dict[str, Any] = {f"output/Task/{way}/test_result.out": {"micro_f1": v} for way, v in f1.items()}
     (folder / "results.json").write_text(json.dumps(held | {"mapping_networks/Wikipedia/NoDropout/loss_1": 6.5}))
     return {"published": str(folder / "results.json")}
+def _lessons(folder: Path) -> dict[str, Any]:
+    """Sums with a student's recorded answers, two of them wrong, and what an instructor wrote about these; one of its samples is wrong."""
+    sums = [(17, 25, 42), (38, 44, 72), (21, 13, 34), (56, 27, 73)]
+    tasks = [{"question": f"What is {a} + {b}?", "answer": f"#### {a + b}", "said": f"It is {said}."} for a, b, said in sums]
+    rows = []
+    for a, b, said in sums:
+        if said != a + b:
+            new = [(a + 1, b + 2, 0), (a + 10, b + 1, 0), (a + 2, b, 1)]
+            parts = [
+                f"### Question {i}\nHow much is {x} + {y}?\n### Answer {i}\n{x} + {y} = {x + y + off}\n#### {x + y + off}"
+                for i, (x, y, off) in enumerate(new, 1)
+            ]
+            rows.append({"prompt": f"What is {a} + {b}?", "answer": "\n".join(parts)})
+    given = {"data": write_jsonl(folder / "tasks.jsonl", tasks), "recorded": write_jsonl(folder / "instructor.jsonl", rows)}
+    return given | {"response": "said"}
 
 
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
@@ -312,4 +327,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "questions": _questions,
     "entities": _entities,
     "plugged": _plugged,
+    "lessons": _lessons,
 }

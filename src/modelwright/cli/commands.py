@@ -96,9 +96,10 @@ def _places(e: registry.Entry) -> list[inspect.Parameter]:
         found.append(_parameter("base", str, base))
     elif "checkpoint" in e.may_take:
         found.append(_parameter("base", str | None, base, None))
-    remark = "must not exist yet." if e.gives else "empty: print only."
+    demanded = bool(e.gives) and not e.shape.may_only_measure
+    remark = "must not exist yet." if demanded else f"empty: out/{e.name}." if e.gives else "empty: print only."
     to = typer.Option("--to", metavar="PATH", help=f"Folder of the result; {remark}")
-    found.append(_parameter("to", str, to) if e.gives else _parameter("to", str | None, to, None))
+    found.append(_parameter("to", str, to) if demanded else _parameter("to", str | None, to, None))
     return found
 
 

@@ -85,6 +85,7 @@ SAMPLES: dict[str, Sample] = {
         },
         "text",
     ),
+    "curate.instructors": Sample({"sample_size": 4}, "lessons", base=False),
 }
 
 

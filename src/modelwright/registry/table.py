@@ -13,6 +13,7 @@ from modelwright.registry.entry import (
     SCORES,
     SERVES,
     STOCK,
+    TEACHES,
     TUNES,
     method,
 )
@@ -73,6 +74,7 @@ METHODS = [
     method("inspect.map_tuning", "the published results of map-tuning as tables: frozen models with and without a map, tuning with one", "2305.17691", MEASURES),
     method("modalities.backcast", "daily values of years of which only monthly or yearly totals are known, from temperature and calendar", "2407.20057", MEASURES),
     method("modalities.critical_temperature", "the temperature at which a daily series turns from falling to rising, with its interval", "2407.20057", MEASURES),
+    method("curate.instructors", "new tasks from a stronger model about what the checkpoint gets wrong, each checked; LE, LEC and controls", "2407.00497", TEACHES),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on

@@ -15,9 +15,9 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from modelwright.core.ask.protocol import Answer, Prompt
 from modelwright.core.errors import UserError
 from modelwright.core.model.checkpoint import Checkpoint
-from modelwright.judge.ask.protocol import Answer, Prompt
 
 
 class Local:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from modelwright.judge.ask.protocol import Answer, Prompt
+from modelwright.core.ask.protocol import Answer, Prompt
 
 HOPELESS = {"401": "check the key", "403": "check the key", "404": "check the address and the model's name"}
 _KINDS = {401: "401", 403: "403", 404: "404", 408: "timeout", 429: "rate limit"}

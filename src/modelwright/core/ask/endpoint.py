@@ -6,7 +6,7 @@ and such answers are repeated, each time after a longer wait with full jitter, o
 repetition can mend (a wrong key, an unknown model) stops the run with one sentence, as do an endpoint that cannot be reached from
 the start and three refused requests before the first answer; a refusal later on costs that request alone.
 
-The key comes from an environment variable and is never written (see ask/secrets.py). No redirection is followed, because it would
+The key comes from an environment variable and is never written (see core/ask/secrets.py). No redirection is followed, because it would
 carry the key elsewhere. Requests run in an event loop of their own thread, so that a notebook, which has one already, can ask too.
 """
 
@@ -21,11 +21,11 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from modelwright.core.ask.protocol import Answer, Prompt
+from modelwright.core.ask.replies import HOPELESS, Failure, failure_of, plain_text, read_reply
+from modelwright.core.ask.secrets import Secrets, check_address, check_settings, read_key
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import build, knob
-from modelwright.judge.ask.protocol import Answer, Prompt
-from modelwright.judge.ask.replies import HOPELESS, Failure, failure_of, plain_text, read_reply
-from modelwright.judge.ask.secrets import Secrets, check_address, check_settings, read_key
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 
 import modelwright
+from modelwright.core.ask.desk import Desk
+from modelwright.core.ask.endpoint import open_endpoint
+from modelwright.core.ask.kept import Kept
+from modelwright.core.ask.protocol import Prompt
+from modelwright.core.ask.replies import seconds, weigh
 from modelwright.core.errors import UserError
-from modelwright.judge.ask.desk import Desk
-from modelwright.judge.ask.endpoint import open_endpoint
-from modelwright.judge.ask.kept import Kept
-from modelwright.judge.ask.protocol import Prompt
-from modelwright.judge.ask.replies import seconds, weigh
 
-TINY = Path(__file__).parents[1] / "tiny"
+TINY = Path(__file__).parents[2] / "judge" / "tiny"
 FAST = {"backoff": 0.01, "timeout": 0.3, "retries": 2, "workers": 4}
 
 

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Required, TypedDict
 
+from modelwright.core.ask.kept import Kept
+from modelwright.core.ask.protocol import ANSWERED, Answer, Judge, Prompt
+from modelwright.core.ask.thoughts import without_thoughts
 from modelwright.core.report.progress import Tick
-from modelwright.judge.ask.kept import Kept
-from modelwright.judge.ask.protocol import ANSWERED, Answer, Judge, Prompt
-from modelwright.judge.ask.thoughts import without_thoughts
 
 
 class Counts(TypedDict, total=False):

@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from modelwright.core.ask.protocol import ANSWERED, Answer, Judge, Prompt
 from modelwright.core.errors import UserError
 from modelwright.core.files import disk_errors
-from modelwright.judge.ask.protocol import ANSWERED, Answer, Judge, Prompt
 
 _TYPES: dict[str, Any] = {"text": str, "status": str, "tokens_in": int, "tokens_out": int, "cost": (int, float), "said": str}
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from modelwright.core.ask.desk import Desk
+from modelwright.core.ask.kept import Kept
+from modelwright.core.ask.protocol import Answer, Prompt
 from modelwright.core.errors import UserError
-from modelwright.judge.ask.desk import Desk
-from modelwright.judge.ask.kept import Kept
-from modelwright.judge.ask.protocol import Answer, Prompt
 
 
 def prompts(*texts: str, **settings: object) -> list[Prompt]:
@@ -135,8 +135,8 @@ def test_a_file_of_something_else_is_refused_and_left_alone(tmp_path: Path) -> N
 
 
 def test_a_checkpoint_s_answers_do_not_depend_on_the_batch() -> None:
+    from modelwright.core.ask.local import Local
     from modelwright.core.model.checkpoint import Checkpoint
-    from modelwright.judge.ask.local import Local
 
     local = Local(Checkpoint("seedling"), batch=3)
     asked = prompts(
@@ -152,8 +152,8 @@ def test_a_checkpoint_s_answers_do_not_depend_on_the_batch() -> None:
 def test_probabilities_are_those_of_the_token_in_which_the_options_differ() -> None:
     import torch
 
+    from modelwright.core.ask.local import Local
     from modelwright.core.model.checkpoint import Checkpoint
-    from modelwright.judge.ask.local import Local
 
     source = Checkpoint("seedling")
     local, tokenizer = Local(source), source.tokenizer()
@@ -168,8 +168,8 @@ def test_probabilities_are_those_of_the_token_in_which_the_options_differ() -> N
 
 
 def test_the_chat_template_is_used_and_one_without_a_system_role_gets_it_in_the_first_turn() -> None:
+    from modelwright.core.ask.local import Local
     from modelwright.core.model.checkpoint import Checkpoint
-    from modelwright.judge.ask.local import Local
 
     local = Local(Checkpoint("seedling"))
     turns = (("system", "Judge."), ("user", "One?"), ("assistant", "Yes"), ("user", "Two?"))
@@ -183,16 +183,16 @@ def test_the_chat_template_is_used_and_one_without_a_system_role_gets_it_in_the_
 
 
 def test_a_prompt_beyond_the_context_is_not_cut_but_fails() -> None:
+    from modelwright.core.ask.local import Local
     from modelwright.core.model.checkpoint import Checkpoint
-    from modelwright.judge.ask.local import Local
 
     answers = Desk(Local(Checkpoint("seedling")))(prompts("word " * 600, "short", max_tokens=2))
     assert [a.status for a in answers] == ["too long", "cut"]
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(tiny) -> None:
+    from modelwright.core.ask.local import Local
     from modelwright.core.model.checkpoint import Checkpoint
-    from modelwright.judge.ask.local import Local
 
     with pytest.raises(UserError, match="the judge has no tokenizer"):
         Local(Checkpoint(tiny("llama")))
