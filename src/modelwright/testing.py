@@ -209,6 +209,16 @@ def _judged(folder: Path) -> dict[str, Any]:
     return {"pairs": write_jsonl(folder / "judged.jsonl", rows)}
 
 
+def _people(folder: Path) -> dict[str, Any]:
+    """A table whose last column follows from two others."""
+    lines = ["age,city,member,price"]
+    for i in range(160):
+        age, member = 18 + (i * 37) % 53, i % 3 == 0
+        lines.append(f'{age},"{("Oslo", "Rome", "New York, NY")[i % 5 % 3]}",{("no", "yes")[member]},{2.5 * age + 40 * member + i % 7:.1f}')
+    (folder / "people.csv").write_text("\n".join(lines) + "\n")
+    return {"table": str(folder / "people.csv")}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -221,4 +231,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "judged": _judged,
     "losses": _losses,
     "days": _days,
+    "people": _people,
 }
