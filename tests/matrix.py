@@ -210,6 +210,7 @@ ROWS: dict[str, Row] = {
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
         families=("",),
     ),
+    "inspect.influence": Row({"epochs": 10}, ("tests/inspect/test_influence.py",), families=("", "seedling"), data="dynamics"),
     "modalities.taptap": Row(
         {"table": str(Path(__file__).parent / "modalities" / "people.csv"), "layers": 1, "hidden": 16, "heads": 2}
         | {"backbone": "DecisionTree", "train": {"epochs": 1, "batch": 16, "lr": 1e-3}},

@@ -219,6 +219,31 @@ def _people(folder: Path) -> dict[str, Any]:
     return {"table": str(folder / "people.csv")}
 
 
+def _dynamics(folder: Path) -> dict[str, Any]:
+    """Six recorded runs over eight examples: each example lowers the loss of a test, and the seventh raises it."""
+    import random
+
+    import torch
+
+    from modelwright.core.train.recorder import Recorder
+
+    for run in range(6):
+        recorder = Recorder(folder / f"run-{run}" / "dynamics.parquet")
+        rng, phi = random.Random(run), [2.0, 1.5, 1.8]  # noqa: S311 - made data
+        order = [i for _ in range(3) for i in rng.sample(range(8), 8)]
+        for step in range(13):
+            for m, value in enumerate(phi):
+                recorder.eval(step, f"t{m}", value, 6)
+            if step < 12:
+                seen = order[2 * step : 2 * step + 2]
+                recorder.train(step + 1, 0.01, torch.tensor(seen), torch.tensor([6.0, 6.0]), torch.tensor([6, 6]))
+                phi = [v * (1 - sum(0.01 * (i % 3 + 1 + m) for i in seen if i != 6)) + 0.05 * (6 in seen) for m, v in enumerate(phi)]
+        recorder.close(12)
+    examples = write_jsonl(folder / "examples.jsonl", ({"text": f"One {w}, two {w}s."} for w in _WORDS[:8]))
+    tests = write_jsonl(folder / "tests.jsonl", ({"name": f"t{m}", "text": f"Three {_WORDS[m]}s."} for m in range(3)))
+    return {"runs": [str(folder)], "examples": examples, "tests": tests}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -232,4 +257,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "losses": _losses,
     "days": _days,
     "people": _people,
+    "dynamics": _dynamics,
 }

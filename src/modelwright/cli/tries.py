@@ -61,6 +61,7 @@ SAMPLES: dict[str, Sample] = {
     "judge.select": Sample({"n": 8, "window": 3}, "chains"),
     "judge.aor": Sample({"n": 4, "max": 8, "verifier": "letters"}, "chains", base=False),
     "modalities.taptap": Sample({"hidden": 32, "layers": 2, "train": {"epochs": 6, "batch": 16, "lr": 3e-3}}, "people", base=False),
+    "inspect.influence": Sample({"epochs": 100, "objective": "roll_out"}, "dynamics"),
 }
 
 
