@@ -286,6 +286,13 @@ ROWS: dict[str, Row] = {
         families=("",),
         data="lessons",
     ),
+    "inspect.influence": Row({"epochs": 10}, ("tests/inspect/test_influence.py",), families=("", "seedling"), data="dynamics"),
+    "modalities.taptap": Row(
+        {"table": str(Path(__file__).parent / "modalities" / "people.csv"), "layers": 1, "hidden": 16, "heads": 2}
+        | {"backbone": "DecisionTree", "train": {"epochs": 1, "batch": 16, "lr": 1e-3}},
+        ("tests/modalities/test_taptap.py",),
+        families=("",),
+    ),
     "reshape.moefy": Row(
         {"experts": 6, "top_k": 2, "router": "ridge", "context": 16},
         ("tests/reshape/test_moefy.py", "tests/reshape/experts/test_split.py", "tests/moe/test_partition.py"),

@@ -305,6 +305,39 @@ def _lessons(folder: Path) -> dict[str, Any]:
             rows.append({"prompt": f"What is {a} + {b}?", "answer": "\n".join(parts)})
     given = {"data": write_jsonl(folder / "tasks.jsonl", tasks), "recorded": write_jsonl(folder / "instructor.jsonl", rows)}
     return given | {"response": "said"}
+def _people(folder: Path) -> dict[str, Any]:
+    """A table whose last column follows from two others."""
+    lines = ["age,city,member,price"]
+    for i in range(160):
+        age, member = 18 + (i * 37) % 53, i % 3 == 0
+        lines.append(f'{age},"{("Oslo", "Rome", "New York, NY")[i % 5 % 3]}",{("no", "yes")[member]},{2.5 * age + 40 * member + i % 7:.1f}')
+    (folder / "people.csv").write_text("\n".join(lines) + "\n")
+    return {"table": str(folder / "people.csv")}
+
+
+def _dynamics(folder: Path) -> dict[str, Any]:
+    """Six recorded runs over eight examples: each example lowers the loss of a test, and the seventh raises it."""
+    import random
+
+    import torch
+
+    from modelwright.core.train.recorder import Recorder
+
+    for run in range(6):
+        recorder = Recorder(folder / f"run-{run}" / "dynamics.parquet")
+        rng, phi = random.Random(run), [2.0, 1.5, 1.8]  # noqa: S311 - made data
+        order = [i for _ in range(3) for i in rng.sample(range(8), 8)]
+        for step in range(13):
+            for m, value in enumerate(phi):
+                recorder.eval(step, f"t{m}", value, 6)
+            if step < 12:
+                seen = order[2 * step : 2 * step + 2]
+                recorder.train(step + 1, 0.01, torch.tensor(seen), torch.tensor([6.0, 6.0]), torch.tensor([6, 6]))
+                phi = [v * (1 - sum(0.01 * (i % 3 + 1 + m) for i in seen if i != 6)) + 0.05 * (6 in seen) for m, v in enumerate(phi)]
+        recorder.close(12)
+    examples = write_jsonl(folder / "examples.jsonl", ({"text": f"One {w}, two {w}s."} for w in _WORDS[:8]))
+    tests = write_jsonl(folder / "tests.jsonl", ({"name": f"t{m}", "text": f"Three {_WORDS[m]}s."} for m in range(3)))
+    return {"runs": [str(folder)], "examples": examples, "tests": tests}
 
 
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
@@ -328,4 +361,6 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "entities": _entities,
     "plugged": _plugged,
     "lessons": _lessons,
+    "people": _people,
+    "dynamics": _dynamics,
 }

@@ -86,6 +86,8 @@ SAMPLES: dict[str, Sample] = {
         "text",
     ),
     "curate.instructors": Sample({"sample_size": 4}, "lessons", base=False),
+    "modalities.taptap": Sample({"hidden": 32, "layers": 2, "train": {"epochs": 6, "batch": 16, "lr": 3e-3}}, "people", base=False),
+    "inspect.influence": Sample({"epochs": 100, "objective": "roll_out"}, "dynamics"),
 }
 
 

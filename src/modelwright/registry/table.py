@@ -75,6 +75,8 @@ METHODS = [
     method("modalities.backcast", "daily values of years of which only monthly or yearly totals are known, from temperature and calendar", "2407.20057", MEASURES),
     method("modalities.critical_temperature", "the temperature at which a daily series turns from falling to rising, with its interval", "2407.20057", MEASURES),
     method("curate.instructors", "new tasks from a stronger model about what the checkpoint gets wrong, each checked; LE, LEC and controls", "2407.00497", TEACHES),
+    method("inspect.influence", "a simulator of training from recorded runs: losses step by step for any order of examples, and which examples do harm", "2404.07840, 2303.08114, 2002.08484", INSPECTS),
+    method("modalities.taptap", "synthetic rows of a table under its grammar, for privacy, few rows, gaps or rare classes; labels of a backbone beside the model's", "2305.09696", JUDGES),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on
