@@ -240,6 +240,8 @@ def _answers(folder: Path) -> dict[str, Any]:
     """Two answers to each prompt: a short and a long one."""
     rows = [{"prompt": f"Say {w}.", "chosen": f" {w}", "rejected": f" I would rather not say {w}."} for w in _WORDS]
     return {"data": write_jsonl(folder / "answers.jsonl", rows)}
+
+
 def _checkpoints(folder: Path) -> dict[str, Any]:
     """Two checkpoints that could be of one tuning run of the seedling, and its data."""
     import torch
@@ -290,6 +292,8 @@ def _plugged(folder: Path) -> dict[str, Any]:
     held: dict[str, Any] = {f"output/Task/{way}/test_result.out": {"micro_f1": v} for way, v in f1.items()}
     (folder / "results.json").write_text(json.dumps(held | {"mapping_networks/Wikipedia/NoDropout/loss_1": 6.5}))
     return {"published": str(folder / "results.json")}
+
+
 def _lessons(folder: Path) -> dict[str, Any]:
     """Sums with a student's recorded answers, two of them wrong, and what an instructor wrote about these; one of its samples is wrong."""
     sums = [(17, 25, 42), (38, 44, 72), (21, 13, 34), (56, 27, 73)]
@@ -305,6 +309,8 @@ def _lessons(folder: Path) -> dict[str, Any]:
             rows.append({"prompt": f"What is {a} + {b}?", "answer": "\n".join(parts)})
     given = {"data": write_jsonl(folder / "tasks.jsonl", tasks), "recorded": write_jsonl(folder / "instructor.jsonl", rows)}
     return given | {"response": "said"}
+
+
 def _people(folder: Path) -> dict[str, Any]:
     """A table whose last column follows from two others."""
     lines = ["age,city,member,price"]
