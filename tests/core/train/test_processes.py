@@ -123,6 +123,9 @@ def test_a_stopped_command_with_two_processes_goes_on_to_the_same_result(
     )  # no worker is left
 
 
+OWN = {"gw_moe": ["--threshold", "0.9", "--unit", "normalised"], "rectify": ["--ranks", "2"]}
+
+
 @pytest.mark.parametrize(
     ("strategy", "family", "method"),
     [
@@ -146,7 +149,7 @@ def test_each_process_loads_and_saves_its_own_part_alone(
         "".join(json.dumps({"input_ids": [(7 * i + j) % 90 + 3 for j in range(20)]}) + "\n" for i in range(12))
     )
     common = ["tune", method, "--base", str(base), "--data", str(tmp_path / "data.jsonl"), "--json", "--train.context", "16"]
-    common += ["--train.epochs", "2", "--train.lr", "1e-4", *(["--threshold", "0.9", "--unit", "normalised"] if method == "gw_moe" else [])]
+    common += ["--train.epochs", "2", "--train.lr", "1e-4", *OWN.get(method, [])]
     one = [*common, "--to", str(tmp_path / "one"), "--train.batch", "4"]
     two = [*common, "--to", str(tmp_path / "two"), "--train.batch", "2", "--nproc", "2", "--train.strategy", strategy]
     for command in (one, [*two, "--train.replicas", "2"] if strategy == "hsdp" else two):
