@@ -108,6 +108,12 @@ ROWS: dict[str, Row] = {
             "qwen3": "Qwen3MoeForCausalLM",
         },
     ),
+    "tune.shear": Row(
+        {"train": _TRAIN, "layers": 1, "heads": 2, "ffn": 24, "hidden": 24},
+        ("tests/tune/test_shear.py", "tests/tune/pruning/test_smaller.py", "tests/core/train/test_constraint.py"),
+        families=(*DENSE, "granite"),
+        data=True,
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),

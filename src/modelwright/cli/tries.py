@@ -61,6 +61,7 @@ SAMPLES: dict[str, Sample] = {
     "judge.select": Sample({"n": 8, "window": 3}, "chains"),
     "judge.aor": Sample({"n": 4, "max": 8, "verifier": "letters"}, "chains", base=False),
     "tune.masks": Sample({"experts": 4, "top_k": 2, "ramp": 0.3, "hard": 0.2}, before=(_TEXT,)),
+    "tune.shear": Sample({"layers": 3, "ffn": 192, "mask_lr": 0.3, "multiplier_lr": 3.0}, before=(_TEXT,)),
 }
 
 
