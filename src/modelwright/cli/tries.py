@@ -62,6 +62,9 @@ SAMPLES: dict[str, Sample] = {
     "judge.aor": Sample({"n": 4, "max": 8, "verifier": "letters"}, "chains", base=False),
     "tune.masks": Sample({"experts": 4, "top_k": 2, "ramp": 0.3, "hard": 0.2}, before=(_TEXT,)),
     "tune.shear": Sample({"layers": 3, "ffn": 192, "mask_lr": 0.3, "multiplier_lr": 3.0}, before=(_TEXT,)),
+    "tune.dynamic_batch": Sample(
+        {"domain": "kind", "every": 5}, before=({"curate.stdlib": {"parts": ["topics", "unicode"], "characters": 100_000}},)
+    ),
 }
 
 

@@ -44,6 +44,7 @@ METHODS = [
     method("tune.new_blocks", "train only the blocks that growing added", "2401.02415", TUNES),
     method("tune.masks", "dense to mixture of experts while it trains: experts are masks over one feed-forward part, held to a share of active neurons", "Mixture of Masks (ACL 2025), 1712.01312", TUNES),
     method("tune.shear", "cut a model to a given smaller shape while it trains: blocks, heads, neurons, width; one-shot rules as baselines", "2310.06694, 2403.03853", TUNES),
+    method("tune.dynamic_batch", "the mix of domains follows how far each is from its reference loss", "2310.06694", TUNES),
     method("tune.c_rlft", "mixed-quality chats: the source as a condition and a weight, padding-free packing", "2309.11235", TUNES),
     method("tune.gw_moe", "tokens with an undecided router are sent to all experts while training", "2406.12375", TUNES),
     method("tune.rectify", "train experts under a capacity, with dropped tokens and empty slots put to use", "2402.12399", TUNES),
