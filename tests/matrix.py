@@ -21,6 +21,7 @@ class Row:
 _TRAIN = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100, "warmup": 0.0}
 _PAIRS = str(Path(__file__).parent / "reward" / "pairs.jsonl")
 _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value": "value", "temperature": "temperature"}
+_DOMAINS = str(Path(__file__).parent / "tune" / "domains.jsonl")
 _TINY = Path(__file__).parent / "judge" / "tiny"
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
@@ -113,6 +114,17 @@ ROWS: dict[str, Row] = {
         ("tests/tune/test_dha.py", "tests/tune/heads/test_grouping.py", "tests/models/test_dha_models.py"),
         data=True,
         loads_in={k: f"Dha{k.title()}ForCausalLM" for k in DENSE},
+    ),
+    "tune.shear": Row(
+        {"train": _TRAIN, "layers": 1, "heads": 2, "ffn": 24, "hidden": 24},
+        ("tests/tune/test_shear.py", "tests/tune/pruning/test_smaller.py", "tests/core/train/test_constraint.py"),
+        families=(*DENSE, "granite"),
+        data=True,
+    ),
+    "tune.dynamic_batch": Row(
+        {"train": _TRAIN, "domain": "kind", "holdout": 0.2, "data": {"path": _DOMAINS, "column": "input_ids"}},
+        ("tests/tune/test_dynamic_batch.py",),
+        families=(*DENSE, "gpt2", "mixtral"),
     ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},

@@ -88,6 +88,10 @@ SAMPLES: dict[str, Sample] = {
     "curate.instructors": Sample({"sample_size": 4}, "lessons", base=False),
     "modalities.taptap": Sample({"hidden": 32, "layers": 2, "train": {"epochs": 6, "batch": 16, "lr": 3e-3}}, "people", base=False),
     "inspect.influence": Sample({"epochs": 100, "objective": "roll_out"}, "dynamics"),
+    "tune.shear": Sample({"layers": 3, "ffn": 192, "mask_lr": 0.3, "multiplier_lr": 3.0}, before=(_TEXT,)),
+    "tune.dynamic_batch": Sample(
+        {"domain": "kind", "every": 5}, before=({"curate.stdlib": {"parts": ["topics", "unicode"], "characters": 100_000}},)
+    ),
 }
 
 
