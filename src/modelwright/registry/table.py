@@ -44,6 +44,7 @@ METHODS = [
     method("tune.masked", "open the hidden parts of a model that was grown by masks, little by little", "2305.02869", TUNES),
     method("tune.new_blocks", "train only the blocks that growing added", "2401.02415", TUNES),
     method("tune.dha", "find the key and value heads that can stand for each other and fuse them, each layer as many as it needs", "2406.06567", TUNES, loads_in=OURS + "; with export gqa: " + STOCK),
+    method("tune.ssd", "train dense and sparse by turns: where activations are sparse, only some experts of each feed-forward part run", "2410.03440", TUNES),
     method("tune.c_rlft", "mixed-quality chats: the source as a condition and a weight, padding-free packing", "2309.11235", TUNES),
     method("tune.gw_moe", "tokens with an undecided router are sent to all experts while training", "2406.12375", TUNES),
     method("tune.rectify", "train experts under a capacity, with dropped tokens and empty slots put to use", "2402.12399", TUNES),
