@@ -123,7 +123,7 @@ def main() -> None:
     looks = found["SSD, same tokens"][0]["similarity"]
     save(
         "ssd",
-        claim="SSD ends below dense training at equal FLOPs, loses less when only a quarter of the experts runs, and sparse inference is up "
+        claim="SSD ends below dense training at equal FLOPs, loses less when only a quarter of experts runs, and sparse inference is up "
         "to twice as fast (2410.03440)",
         outcome=f"At equal FLOPs SSD ends below dense training on {won} of {a.seeds} seeds. Its loss from sparse inference is smaller on "
         f"{less} of {a.seeds} seeds. A part 1024 wide runs {faster:.2f} times as fast with a fifth of its experts.",

@@ -102,7 +102,7 @@ ROWS: dict[str, Row] = {
         loads_in={k: f"Dha{k.title()}ForCausalLM" for k in DENSE},
     ),
     "tune.ssd": Row(
-        {"train": _TRAIN, "experts": 6, "top_k": 2, "check_every": 1, "stable": -1.0, "zeros": 0.0, "final_dense": 0.0},
+        {"train": _TRAIN, "experts": 4, "top_k": 2, "check_every": 1, "stable": -1.0, "zeros": 0.0, "final_dense": 0.0},
         ("tests/tune/test_ssd.py", "tests/tune/neurons/test_layer.py"),
         families=(*DENSE, "gpt2", "phi3", "gpt_neox"),
         data=True,
