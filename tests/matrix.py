@@ -126,6 +126,12 @@ ROWS: dict[str, Row] = {
         ("tests/tune/test_dynamic_batch.py",),
         families=(*DENSE, "gpt2", "mixtral"),
     ),
+    "tune.ssd": Row(
+        {"train": _TRAIN, "experts": 4, "top_k": 2, "check_every": 1, "stable": -1.0, "zeros": 0.0, "final_dense": 0.0},
+        ("tests/tune/test_ssd.py", "tests/tune/neurons/test_layer.py"),
+        families=(*DENSE, "gpt2", "phi3", "gpt_neox"),
+        data=True,
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),

@@ -48,6 +48,7 @@ METHODS = [
     method("tune.dha", "find the key and value heads that can stand for each other and fuse them, each layer as many as it needs", "2406.06567", TUNES, loads_in=OURS + "; with export gqa: " + STOCK),
     method("tune.shear", "cut a model to a given smaller shape while it trains: blocks, heads, neurons, width; one-shot rules as baselines", "2310.06694, 2403.03853", TUNES),
     method("tune.dynamic_batch", "the mix of domains follows how far each is from its reference loss", "2310.06694", TUNES),
+    method("tune.ssd", "train dense and sparse by turns: where activations are sparse, only some experts of each feed-forward part run", "2410.03440", TUNES),
     method("tune.c_rlft", "mixed-quality chats: the source as a condition and a weight, padding-free packing", "2309.11235", TUNES),
     method("tune.sftmix", "mix the hidden states of well-learnt and badly-learnt examples beside plain tuning", "2410.05248", TUNES),
     method("tune.moi", "several skills at once: a system prompt a domain, balanced chunks, a mask between chunks", "2404.18410", TUNES),
