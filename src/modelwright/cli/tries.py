@@ -69,7 +69,15 @@ SAMPLES: dict[str, Sample] = {
     "inspect.modularity": Sample({"partitions": 20, "disturb": [0.06], "draws": 1}, "functions"),
     "tune.moi": Sample({"systems": {"sums": "You add.", "talk": "You talk."}}, "domains"),
     "judge.frontier": Sample(
-        {"ways": ["hft"], "lrs": [3e-4, 3e-3], "seeds": 2, "held": 4, "train": {"tokens": "2k", "context": 64, "batch": 4}}, "text"
+        {
+            "ways": ["hft"],
+            "lrs": [3e-4, 3e-3],
+            "between": False,
+            "seeds": 2,
+            "held": 4,
+            "train": {"tokens": "2k", "context": 64, "batch": 4},
+        },
+        "text",
     ),
 }
 
