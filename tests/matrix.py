@@ -196,6 +196,12 @@ ROWS: dict[str, Row] = {
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),
+    "judge.frontier": Row(
+        {"ways": ["hft"], "lrs": [1e-2], "seeds": 1, "held": 3, "train": _TRAIN},
+        ("tests/judge/test_frontier.py",),
+        families=("llama", "gpt2"),
+        data=True,
+    ),
     "tune.lora": Row({"train": _TRAIN, "r": 2}, ("tests/tune/test_tune.py",), families=(*DENSE, "gpt2", "phi3"), data=True),
     "inspect.scaling_law": Row(
         {"losses": str(Path(__file__).parent / "inspect" / "tiny_losses.json")}, ("tests/inspect/test_scaling_law.py",), families=("",)

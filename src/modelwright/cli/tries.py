@@ -93,6 +93,17 @@ SAMPLES: dict[str, Sample] = {
         {"domain": "kind", "every": 5}, before=({"curate.stdlib": {"parts": ["topics", "unicode"], "characters": 100_000}},)
     ),
     "tune.ssd": Sample({"experts": 8, "top_k": 4, "check_every": 3, "stable": -1.0, "zeros": 0.0}, before=(_TEXT,)),
+    "judge.frontier": Sample(
+        {
+            "ways": ["hft"],
+            "lrs": [3e-4, 3e-3],
+            "between": False,
+            "seeds": 2,
+            "held": 4,
+            "train": {"tokens": "2k", "context": 64, "batch": 4},
+        },
+        "text",
+    ),
 }
 
 

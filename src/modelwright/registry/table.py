@@ -70,6 +70,7 @@ METHODS = [
     method("inspect.depth", "what each block does: gradient norm, angular distances, the loss without it", "2412.13795, 2403.17887", PROBES),
     method("inspect.scaling_law", "a / N^b + c for each domain, and the reference losses that it predicts", "2310.06694", MEASURES),
     method("judge.continual", "accuracy matrices of task sequences: AA, BWT, FWT, learning accuracy; or train a sequence and fill one", "GEM 1706.08840, TRACE 2310.06762", JUDGES),
+    method("judge.frontier", "what each way to tune forgets for what it learns: ways x rates x seeds against full tuning's frontier", "ours", INSPECTS),
     method("judge.llmbar", "how well a judge follows instructions: fifteen ways to ask, both orders; recorded runs recomputed", "2310.07641", JUDGES),
     method("judge.select", "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves", "2203.11171, 2210.00720, 2401.10480, 2305.11860", MEASURES),
     method("inspect.experts", "do the experts of a mixture differ: weights, outputs, router; copies and dead experts with advice", "2406.18219", INSPECTS),
