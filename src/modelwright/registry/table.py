@@ -3,6 +3,7 @@
 from modelwright.registry.entry import (
     CREATES,
     CURATES,
+    GATHERS,
     INSPECTS,
     JUDGES,
     MEASURES,
@@ -50,6 +51,7 @@ METHODS = [
     method("tune.lora", "train low-rank adapters through PEFT, saved as an adapter or merged", "2106.09685", TUNES, loads_in=STOCK + ", PEFT"),
     method("tune.knife", "distil rationales into a small model that answers without them: a teacher behind a bottleneck, then a student", "2212.09721", TUNES),
     method("tune.map_tuning", "plug a knowledge base into a finished model: an affine map from entity vectors to input embeddings", "2305.17691", TUNES),
+    method("tune.ernie_code", "an encoder-decoder for many languages and code: span corruption and translation through English, mixed by size", "2212.06742", GATHERS),
     method("reward.calibrate", "take a known bias, such as length, out of recorded reward scores", "2409.17407", SCORES),
     method("reward.bench", "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated", "2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475", MEASURES),
     method("cache.generate", "continue a long prompt with most of its keys and values evicted: NACL and seven known ways", "2408.03675", SERVES),
