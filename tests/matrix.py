@@ -192,6 +192,11 @@ ROWS: dict[str, Row] = {
         families=("seedling",),
         data="entities",
     ),
+    "tune.ernie_code": Row(  # needs a T5
+        {"train": _TRAIN},
+        ("tests/tune/test_ernie_code.py", "tests/tune/spans/test_corrupt.py", "tests/tune/spans/test_whitespace.py"),
+        families=(),
+    ),
     "inspect.map_tuning": Row({}, ("tests/inspect/test_published_maps.py",), families=("",), data="plugged"),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),

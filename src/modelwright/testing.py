@@ -344,6 +344,26 @@ def _dynamics(folder: Path) -> dict[str, Any]:
     examples = write_jsonl(folder / "examples.jsonl", ({"text": f"One {w}, two {w}s."} for w in _WORDS[:8]))
     tests = write_jsonl(folder / "tests.jsonl", ({"name": f"t{m}", "text": f"Three {_WORDS[m]}s."} for m in range(3)))
     return {"runs": [str(folder)], "examples": examples, "tests": tests}
+def _languages(folder: Path) -> dict[str, Any]:
+    """An untrained T5 with its own tokenizer, texts of two languages, pairs of them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    there = [{"en": f"The {w} is in the {p}.", "de": f"{w[::-1].title()} war im {p[::-1]}."} for w in _WORDS for p in ("box", "hall")]
+    words, special = Tokenizer(models.BPE()), ["<pad>", "</s>", "<unk>"]
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.train_from_iterator([t for r in there for t in r.values()], trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    words.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(20))])
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder / "t5")
+    torch.manual_seed(0)
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=words.get_vocab_size(), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **size)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    pairs = write_jsonl(folder / "pairs.jsonl", there)
+    return {"base": str(folder / "t5"), "mono": {k: {"path": pairs, "column": k} for k in ("en", "de")}, "pairs": {"en-de": pairs}}
 
 
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
@@ -369,4 +389,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lessons": _lessons,
     "people": _people,
     "dynamics": _dynamics,
+    "languages": _languages,
 }

@@ -104,6 +104,7 @@ SAMPLES: dict[str, Sample] = {
         },
         "text",
     ),
+    "tune.ernie_code": Sample({}, "languages"),
 }
 
 
@@ -124,11 +125,12 @@ def recipe_of(e: registry.Entry, sets: list[str], folder: Path, seed: int) -> An
         knobs = {"train": dict(_TRAIN), **knobs}
     if sample.make:
         knobs |= made(sample.make, folder / "data")
+    base = knobs.pop("base", "seedling")  # some data comes with a model of another kind
     takes = "checkpoint" in (*e.takes, *e.may_take)
     steps = [*({k: dict(v) for k, v in step.items()} for step in sample.before), {e.name: knobs}]
     raw: dict[str, Any] = {"name": f"try {e.name}", "seed": seed, "steps": steps, "save": {"to": str(folder / "result")}}
     if sample.base and takes:
-        raw["base"] = "seedling"
+        raw["base"] = base
     for assignment in sets:
         recipes.override(raw, f"steps.{len(steps) - 1}.{assignment}")
     open_knobs = [n for n, f in flat(registry.knobs(e)) if default_of(f) is MISSING and n not in knobs]

@@ -20,6 +20,7 @@ from modelwright.core.knobs import Tune, build, knob
 from modelwright.registry.entry import (
     CREATES,
     CURATES,
+    GATHERS,
     INSPECTS,
     JUDGES,
     MEASURES,
@@ -41,7 +42,7 @@ from modelwright.registry.table import ALIASES, FAMILIES, METHODS
 __all__ = [
     "ALIASES", "CREATES", "CURATES", "FAMILIES", "INSPECTS", "JUDGES", "MEASURES", "METHODS", "OURS", "PROBES", "REFINES", "RESHAPES",
     "SCORES", "SERVES", "STOCK", "TUNES", "Entry", "Shape", "doc", "entries", "entry", "hint", "knobs", "load", "method", "mixed",
-    "problems", "techniques", "techniques_named", "tuning",
+    "GATHERS", "problems", "techniques", "techniques_named", "tuning",
 ]  # fmt: skip
 
 
