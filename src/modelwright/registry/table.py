@@ -50,6 +50,8 @@ METHODS = [
     method("tune.lora", "train low-rank adapters through PEFT, saved as an adapter or merged", "2106.09685", TUNES, loads_in=STOCK + ", PEFT"),
     method("tune.dpo", "direct preference optimisation from pairs of answers: DPO, IPO, hinge; the reference is computed once and kept on disk", "2305.18290, 2310.12036", TUNES),
     method("reward.train", "a reward model from pairs of answers; biases of the prompt and of the length taken out: PBC, ODIN, LPBC", "2203.02155, 2402.07319", TUNES, loads_in="transformers; with further heads after `import modelwright.models`"),
+    method("reward.themis_train", "a reward model that calls tools and writes down why: traces and the ranking of pairs learnt at once", "2310.01045", TUNES, loads_in=OURS),
+    method("reward.themis", "a tool-calling reward model at work: recorded traces replayed against the tools, pairs judged", "2310.01045", JUDGES),
     method("reward.calibrate", "take a known bias, such as length, out of recorded reward scores", "2409.17407", SCORES),
     method("reward.bench", "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated", "2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475", MEASURES),
     method("cache.generate", "continue a long prompt with most of its keys and values evicted: NACL and seven known ways", "2408.03675", SERVES),
