@@ -62,10 +62,10 @@ class ToolRewardModel(PreTrainedModel):
         return losses, total, self._rewards(seen[0], input_ids, attention_mask)
 
     def _rewards(self, states: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """Read at the last token that is not padding, in fp32."""
-        pad = -1 if self.config.pad_token_id is None else self.config.pad_token_id
-        real = ids != pad if mask is None else mask.bool()
-        last = (torch.arange(ids.shape[1], device=ids.device) * real).argmax(1)
+        """Read at the last token that the mask shows, in fp32; without a mask nothing is padding. That token may be the padding token
+        too: it ends the trace."""
+        real = torch.ones_like(ids) if mask is None else mask
+        last = (torch.arange(ids.shape[1], device=ids.device) * real.bool()).argmax(1)
         with torch.autocast(states.device.type, enabled=False):
             return F.linear(states[torch.arange(len(ids), device=ids.device), last].float(), self.score.weight.float())[:, 0]
 
