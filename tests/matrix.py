@@ -95,11 +95,43 @@ ROWS: dict[str, Row] = {
     "tune.new_blocks": Row(
         {"train": _TRAIN, "blocks": [1]}, ("tests/tune/test_new_blocks.py",), families=(*DENSE, "gpt2", "mixtral"), data=True
     ),
+    "tune.masks": Row(
+        {"train": _TRAIN, "experts": 2, "top_k": 1, "hard": 0.5},
+        ("tests/tune/test_masks.py", "tests/tune/pruning/test_mixture.py", "tests/core/train/test_constraint.py"),
+        families=(*DENSE, "granite"),
+        data=True,
+        loads_in={
+            "llama": "GraniteMoeSharedForCausalLM",
+            "mistral": "GraniteMoeSharedForCausalLM",
+            "granite": "GraniteMoeSharedForCausalLM",
+            "qwen2": "Qwen2MoeForCausalLM",
+            "qwen3": "Qwen3MoeForCausalLM",
+        },
+    ),
+    "tune.dha": Row(
+        {"train": _TRAIN | {"tokens": 128}, "budget": 0.5, "search": 1},
+        ("tests/tune/test_dha.py", "tests/tune/heads/test_grouping.py", "tests/models/test_dha_models.py"),
+        data=True,
+        loads_in={k: f"Dha{k.title()}ForCausalLM" for k in DENSE},
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),
         families=("seedling",),
         data="chats",
+    ),
+    "tune.sftmix": Row({"train": _TRAIN}, ("tests/tune/test_sftmix.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral"), data=True),
+    "tune.moi": Row(
+        {"train": _TRAIN | {"context": 96}, "systems": {"sums": "You add.", "talk": "You talk."}},
+        ("tests/tune/test_moi.py",),
+        families=("seedling",),
+        data="domains",
+    ),
+    "tune.spiel": Row(
+        {"train": _TRAIN, "rank": 1, "reselect": 2, "window": 1},
+        ("tests/tune/test_spiel.py",),
+        families=(*DENSE, "gpt2", "phi3", "mixtral"),
+        data=True,
     ),
     "tune.mix": Row({"train": _TRAIN, "methods": ["hft", {"migu": {"guard": "update"}}]}, ("tests/tune/test_mix.py",), data=True),
     "tune.balance": Row(
@@ -126,6 +158,23 @@ ROWS: dict[str, Row] = {
         data=True,
         loads_in={k: f"LoraMoe{k.title()}ForCausalLM" for k in DENSE},
     ),
+    "reshape.upit": Row(
+        {"experts": 3, "seed_rows": 6, "context": 16, "epochs": 1},
+        ("tests/reshape/test_upit.py", "tests/reshape/experts/test_population.py"),
+        families=("seedling",),
+        data="checkpoints",
+        loads_in={"seedling": "MixtralForCausalLM"},
+    ),
+    "tune.knife": Row(
+        {"train": _TRAIN | {"context": 64}, "way": "teacher"}, ("tests/tune/test_knife.py",), families=("seedling",), data="questions"
+    ),
+    "tune.map_tuning": Row(
+        {"train": _TRAIN | {"context": 64}},
+        ("tests/tune/test_map_tuning.py", "tests/tune/entities/test_mentions.py"),
+        families=("seedling",),
+        data="entities",
+    ),
+    "inspect.map_tuning": Row({}, ("tests/inspect/test_published_maps.py",), families=("",), data="plugged"),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),
@@ -162,8 +211,8 @@ ROWS: dict[str, Row] = {
         (
             "tests/judge/test_llmbar.py",
             "tests/judge/ask/test_verdict.py",
-            "tests/judge/ask/test_judges.py",
-            "tests/judge/ask/test_endpoint.py",
+            "tests/core/ask/test_judges.py",
+            "tests/core/ask/test_endpoint.py",
         ),
         families=("",),
     ),
@@ -173,6 +222,17 @@ ROWS: dict[str, Row] = {
     ),
     "reward.bench": Row(
         {"suite": "rewardbench", "scores": _PAIRS, "ratio": 0.5, "draws": 100}, ("tests/reward/test_reward_bench.py",), families=("",)
+    ),
+    "rl.ppo": Row(
+        {
+            "train": {"batch": 4, "lr": 1e-2, "warmup": 0.0, "save_every": 100},
+            "reward_function": "modelwright.rl.rollout.examples:letters",
+            "response_tokens": 6,
+            "updates": 2,
+        },
+        ("tests/rl/test_ppo.py", "tests/rl/test_macro.py", "tests/rl/test_rollout.py"),
+        families=(*DENSE, "gpt2", "mixtral"),
+        data=True,
     ),
     "cache.generate": Row(
         {"prompt": "def read(self, size=-1):\n" * 6, "keep": 0.3, "max_new_tokens": 4},
@@ -226,6 +286,19 @@ ROWS: dict[str, Row] = {
     "modalities.critical_temperature": Row(
         _DAYS | {"draws": 100},
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
+        families=("",),
+    ),
+    "curate.instructors": Row(
+        {"sample_size": 4},
+        ("tests/curate/test_instructors.py", "tests/curate/generators/test_grading.py", "tests/curate/generators/test_task_forms.py"),
+        families=("",),
+        data="lessons",
+    ),
+    "inspect.influence": Row({"epochs": 10}, ("tests/inspect/test_influence.py",), families=("", "seedling"), data="dynamics"),
+    "modalities.taptap": Row(
+        {"table": str(Path(__file__).parent / "modalities" / "people.csv"), "layers": 1, "hidden": 16, "heads": 2}
+        | {"backbone": "DecisionTree", "train": {"epochs": 1, "batch": 16, "lr": 1e-3}},
+        ("tests/modalities/test_taptap.py",),
         families=("",),
     ),
     "reshape.moefy": Row(

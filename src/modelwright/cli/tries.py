@@ -67,10 +67,29 @@ SAMPLES: dict[str, Sample] = {
     "tune.new_blocks": Sample(before=(_TEXT, {"reshape.grow": {"operator": "zero", "depth": 2}})),
     "inspect.experts": Sample({"tokens": 2048, "pairs": 3}, before=(_TEXT, _MIXTURE)),
     "inspect.modularity": Sample({"partitions": 20, "disturb": [0.06], "draws": 1}, "functions"),
+    "tune.masks": Sample({"experts": 4, "top_k": 2, "ramp": 0.3, "hard": 0.2}, before=(_TEXT,)),
+    "reshape.upit": Sample({"experts": 4, "seed_rows": 8, "context": 64, "epochs": 2}, "checkpoints"),
+    "tune.dha": Sample({"budget": 0.5, "search": 5}, before=(_TEXT,)),
+    "tune.moi": Sample({"systems": {"sums": "You add.", "talk": "You talk."}}, "domains"),
+    "tune.knife": Sample({"way": "teacher"}, "questions"),
+    "tune.map_tuning": Sample({}, "entities"),
+    "inspect.map_tuning": Sample({}, "plugged"),
     "reward.train": Sample({"debias": "pbc", "train": {"epochs": 8, "batch": 4, "context": 64, "lr": 1e-3}}, "answers"),
     "tune.dpo": Sample({"train": {"epochs": 8, "batch": 4, "context": 64, "lr": 5e-4}}, "answers"),
     "reward.themis_train": Sample({"train": {"epochs": 4, "batch": 4, "context": 256, "lr": 2e-3}}, "traces"),
     "reward.themis": Sample({}, "recorded", base=False),
+    "rl.ppo": Sample(
+        {
+            "reward_function": "modelwright.rl.rollout.examples:letters",
+            "response_tokens": 32,
+            "updates": 20,
+            "train": {"batch": 16, "lr": 1e-4, "warmup": 0.0},
+        },
+        "text",
+    ),
+    "curate.instructors": Sample({"sample_size": 4}, "lessons", base=False),
+    "modalities.taptap": Sample({"hidden": 32, "layers": 2, "train": {"epochs": 6, "batch": 16, "lr": 3e-3}}, "people", base=False),
+    "inspect.influence": Sample({"epochs": 100, "objective": "roll_out"}, "dynamics"),
 }
 
 

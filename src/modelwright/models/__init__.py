@@ -1,5 +1,6 @@
 """The few architectures that no stock class can hold. Importing this package registers them with the Auto classes."""
 
+from modelwright.models import dha as _dha  # noqa: F401
 from modelwright.models import hyper_moe as _hyper_moe  # noqa: F401
 from modelwright.models import lora_moe as _lora_moe  # noqa: F401
 from modelwright.models import mix_ln as _mix_ln  # noqa: F401

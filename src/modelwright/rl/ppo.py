@@ -29,7 +29,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,7 +36,6 @@ from torch import Tensor, nn
 
 from modelwright.core.data.rows import IGNORE, TokenRows
 from modelwright.core.errors import UserError
-from modelwright.core.files import write_json
 from modelwright.core.knobs import Data, Train, Tune, knob
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.train import dist, precision
@@ -315,11 +313,6 @@ class Ppo(Technique):
         self.critic.load_state_dict(state["critic"])
         self._moments, self.kept, self.update = state["moments"], state["kept"], state["update"]
         self.history.updates, self.done, self.idle = state["history"], state["done"], state["idle"]
-
-    def export(self, model: Any, folder: Path) -> Any:
-        """`updates.json` beside the run's log; the critic is not part of the model."""
-        write_json(folder / "updates.json", {"updates": self.history.updates})
-        return model
 
 
 METHOD = Ppo
