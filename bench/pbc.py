@@ -1,8 +1,10 @@
 """Prompt Bias Calibration on made pairs: four formats, every pair within one format, quality known.
 
-A text is a format token, a topic, an end of the prompt and twelve words of the format's own vocabulary. Each word has a value, centred
-within its format, and the quality of an answer is the sum of its words' values: no format is better than another. The chosen answer is
-drawn by Bradley-Terry from the qualities. A small Llama is trained from random weights, with and without PBC.
+A text is a format token, a topic, an end of the prompt and twelve words. Each word has a value, and the quality of an answer is the sum of
+its words' values less the mean of its format: no format is better than another. The chosen answer is drawn by Bradley-Terry from the
+qualities. A small Llama is trained from random weights, with and without PBC. Two kinds of formats:
+- shared: all use the same words, with different frequencies, so that a format has more of what pairs are won by;
+- own: each has words of its own, and nothing ties the level of one to that of another.
 Measured on new pairs: how far the mean rewards of the formats lie apart over the spread within a pair, and the accuracy of the pairs.
 """
 
@@ -23,6 +25,7 @@ from modelwright.core.train.loop import fit
 from modelwright.reward.train import Knobs, TrainReward
 
 FORMATS, WORDS, LENGTH = 4, 10, 12
+KINDS = ("shared", "own")
 ETAS = (0.0, 0.01, 0.05, 0.1)
 
 
@@ -33,15 +36,18 @@ class Pairs(TokenRows):
     stops: list[int] = []
     bytes, width, packed = 0, LENGTH + 3, False
 
-    def __init__(self, n: int, values: torch.Tensor, seed: int):
+    def __init__(self, n: int, values: torch.Tensor, seed: int, kind: str):
         g = torch.Generator().manual_seed(seed)
         self.formats = torch.randint(0, FORMATS, (n,), generator=g)
-        words = torch.randint(0, WORDS, (2, n, LENGTH), generator=g)
-        quality = values[self.formats[None, :, None], words].sum(2)  # (2, n)
+        tilt = torch.linspace(-0.6, 0.6, FORMATS)[:, None] if kind == "shared" else torch.zeros(FORMATS, 1)
+        odds = (tilt * values).softmax(1)  # (formats, words)
+        words = torch.multinomial(odds[self.formats].repeat(2, 1), LENGTH, replacement=True, generator=g).view(2, n, LENGTH)
+        quality = values[self.formats[None, :, None], words].sum(2)  # (2, n), up to a constant of the format
         first = torch.rand(n, generator=g) < torch.sigmoid(quality[0] - quality[1])
         topic = torch.randint(0, 8, (n,), generator=g)
         prompt = torch.stack([2 + self.formats, 6 + topic, torch.ones_like(topic)], 1)
-        texts = torch.cat([prompt.expand(2, -1, -1), 14 + self.formats[None, :, None] * WORDS + words], 2)
+        first_word = 14 + (0 if kind == "shared" else self.formats[None, :, None] * WORDS)
+        texts = torch.cat([prompt.expand(2, -1, -1), first_word + words], 2)
         order = torch.stack([torch.where(first, 0, 1), torch.where(first, 1, 0)])
         self.texts = texts[order, torch.arange(n)]
 
@@ -95,16 +101,16 @@ def measure(model: Any, pairs: Pairs) -> dict[str, float]:
     return found
 
 
-def once(eta: float, seed: int, pairs: int, epochs: float, lr: float) -> dict[str, float]:
+def once(kind: str, eta: float, seed: int, pairs: int, epochs: float, lr: float) -> dict[str, float]:
     g = torch.Generator().manual_seed(100 + seed)
-    values = torch.randn(FORMATS, WORDS, generator=g) * 0.8
-    values -= values.mean(1, keepdim=True)
+    values = torch.randn(1 if kind == "shared" else FORMATS, WORDS, generator=g).expand(FORMATS, -1) * 0.8
+    values = values - values.mean(1, keepdim=True)
     technique = TrainReward(Knobs(debias="pbc" if eta else "none", eta_c=eta))
     model = technique.load(Fresh(seed), None)
     train = Train(epochs=epochs, batch=32, lr=lr, context=32, record=False, save_every=10**6)
     with tempfile.TemporaryDirectory() as tmp:
-        fit(model, Pairs(pairs, values, 2 * seed), train, techniques=[technique], evals={}, folder=Path(tmp), seed=seed)
-    return measure(model, Pairs(2000, values, 2 * seed + 1))
+        fit(model, Pairs(pairs, values, 2 * seed, kind), train, techniques=[technique], evals={}, folder=Path(tmp), seed=seed)
+    return measure(model, Pairs(2000, values, 2 * seed + 1, kind))
 
 
 def main() -> None:
@@ -117,31 +123,36 @@ def main() -> None:
     torch.set_num_threads(1)
     silence_transformers()
     cache = Cache("pbc")
+    settings = [a.pairs, a.epochs, a.lr]
     found = {
-        eta: [cache([eta, s, a.pairs, a.epochs, a.lr], lambda eta=eta, s=s: once(eta, s, a.pairs, a.epochs, a.lr)) for s in range(a.seeds)]
+        (kind, eta): [cache([kind, eta, s, *settings], lambda k=kind, e=eta, s=s: once(k, e, s, *settings)) for s in range(a.seeds)]
+        for kind in KINDS
         for eta in ETAS
     }
-    mean = {eta: {k: statistics.mean(r[k] for r in runs) for k in runs[0]} for eta, runs in found.items()}
-    ratio, lost = mean[0.05]["debiased"] / mean[0.0]["raw"], mean[0.0]["accuracy"] - mean[0.05]["accuracy"]
-    holds = ratio < 0.4 and lost < 1
+    mean = {key: {k: statistics.mean(r[k] for r in runs) for k in runs[0]} for key, runs in found.items()}
+    ratio = {k: mean[k, 0.05]["debiased"] / mean[k, 0.0]["raw"] for k in KINDS}
+    lost = {k: mean[k, 0.0]["accuracy"] - mean[k, 0.05]["accuracy"] for k in KINDS}
+    holds = {k: ratio[k] < 0.4 and lost[k] < 1 for k in ratio}
+    said = {k: f"{ratio[k]:.2f} of the plain model's spread, accuracy {lost[k]:+.2f} points lower" for k in ratio}
     save(
         "pbc",
         claim="PBC brings the mean rewards of formats together: below 0.4 of the plain model's spread, at less than one point of accuracy",
-        outcome=f"With eta_c 0.05 the spread is {ratio:.2f} of the plain model's and the accuracy {lost:+.2f} points lower: "
-        f"the claim {'holds' if holds else 'does not hold'} here.",
-        columns=["eta_c", "between formats / within a pair, r", "the same, r - C", "pair accuracy, %", "r - C by seed"],
+        outcome=f"Formats with words of their own: {said['own']}: the claim {'holds' if holds['own'] else 'does not hold'} there. "
+        f"Formats that share words: {said['shared']}: the claim {'holds' if holds['shared'] else 'does not hold'} there.",
+        columns=["formats' words", "eta_c", "between formats / within a pair, r", "the same, r - C", "pair accuracy, %", "r - C by seed"],
         rows=[
             [
+                kind,
                 f"{eta:g}",
-                f"{mean[eta]['raw']:.3f}",
-                f"{mean[eta]['debiased']:.3f}",
-                f"{mean[eta]['accuracy']:.1f}",
+                f"{mean[kind, eta]['raw']:.3f}",
+                f"{mean[kind, eta]['debiased']:.3f}",
+                f"{mean[kind, eta]['accuracy']:.1f}",
                 ", ".join(f"{r['debiased']:.3f}" for r in runs),
             ]
-            for eta, runs in found.items()
+            for (kind, eta), runs in found.items()
         ],
         seeds=list(range(a.seeds)),
-        notes=[f"{a.pairs} pairs, {a.epochs:g} passes, 2,000 new pairs; formats differ in their words alone and are equally good"],
+        notes=[f"{a.pairs} pairs, {a.epochs:g} passes, 2,000 new pairs; eta_c 0 is the plain model, whose r - C is r"],
     )
 
 

@@ -222,6 +222,14 @@ ROWS: dict[str, Row] = {
         data="answers",
         loads_in={"seedling": "RewardModel"},
     ),
+    "reward.themis_train": Row(
+        {"train": _TRAIN | {"tokens": 400, "context": 512}},
+        ("tests/reward/test_themis_train.py", "tests/reward/tools/test_traces.py"),
+        families=("seedling",),
+        data="traces",
+        loads_in={"seedling": "ToolRewardModel"},
+    ),
+    "reward.themis": Row({}, ("tests/reward/test_themis.py", "tests/reward/tools/test_tools.py"), families=("",), data="recorded"),
     "reward.calibrate": Row(
         {"scores": _PAIRS, "frac": 0.5},
         ("tests/reward/test_calibrate.py", "tests/reward/table/test_scores.py", "tests/reward/table/test_wrapper.py"),

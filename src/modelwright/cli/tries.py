@@ -76,6 +76,8 @@ SAMPLES: dict[str, Sample] = {
     "inspect.map_tuning": Sample({}, "plugged"),
     "reward.train": Sample({"debias": "pbc", "train": {"epochs": 8, "batch": 4, "context": 64, "lr": 1e-3}}, "answers"),
     "tune.dpo": Sample({"train": {"epochs": 8, "batch": 4, "context": 64, "lr": 5e-4}}, "answers"),
+    "reward.themis_train": Sample({"train": {"epochs": 4, "batch": 4, "context": 256, "lr": 2e-3}}, "traces"),
+    "reward.themis": Sample({}, "recorded", base=False),
     "rl.ppo": Sample(
         {
             "reward_function": "modelwright.rl.rollout.examples:letters",

@@ -64,6 +64,8 @@ METHODS = [
     method("tune.dpo", "direct preference optimisation from pairs of answers: DPO, IPO, hinge; the reference is computed once and kept on disk", "2305.18290, 2310.12036", TUNES),
     method("reward.train", "a reward model from pairs of answers; biases of the prompt and of the length taken out: PBC, ODIN, LPBC", "2203.02155, 2402.07319", TUNES, loads_in="transformers; with further heads after `import modelwright.models`"),
     method("tune.ernie_code", "an encoder-decoder for many languages and code: span corruption and translation through English, mixed by size", "2212.06742", GATHERS),
+    method("reward.themis_train", "a reward model that calls tools and writes down why: traces and the ranking of pairs learnt at once", "2310.01045", TUNES, loads_in=OURS),
+    method("reward.themis", "a tool-calling reward model at work: recorded traces replayed against the tools, pairs judged", "2310.01045", JUDGES),
     method("reward.calibrate", "take a known bias, such as length, out of recorded reward scores", "2409.17407", SCORES),
     method("reward.bench", "RewardBench, JudgeBench, RM-Bench and AlpacaEval from recorded scores, raw and calibrated", "2409.17407, 2403.13787, 2410.12784, 2410.16184, 2404.04475", MEASURES),
     method("rl.ppo", "PPO with a critic over tokens or macro actions; a reward model or function, a frozen reference", "2410.02743, 1707.06347, 2203.02155", TUNES),
