@@ -1,8 +1,8 @@
 """MA-RLHF (arXiv 2410.02743): macro actions reach a level of reward in fewer updates where a long response is rewarded at its end.
 
-A small Llama over 8 words writes 64 tokens. The reward, paid at the end, is 4 times the share of word 3 among the first 32. Beside n = 5 and
-n = 10 stand plain PPO (n = 1) and the control: plain PPO whose lambda is 0.95^(1/5), so that credit reaches as far as with n = 5 at 0.95.
-Then the cost: tokens per second of whole updates in the one training loop, against a plain loop of the same parts.
+A small Llama over 8 words writes 64 tokens. The reward, paid at the end, is 4 times the share of word 3 among the first 32. Beside n = 5
+and n = 10 stand plain PPO (n = 1) and the control: plain PPO whose lambda is 0.95^(1/5), so that credit reaches as far as with n = 5.
+Then the cost: CPU time of whole updates in the one training loop, against a plain loop of the same parts.
 """
 
 import sys
