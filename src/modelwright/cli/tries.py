@@ -81,9 +81,9 @@ SAMPLES: dict[str, Sample] = {
     "rl.ppo": Sample(
         {
             "reward_function": "modelwright.rl.rollout.examples:letters",
-            "response_tokens": 32,
-            "updates": 20,
-            "train": {"batch": 16, "lr": 1e-4, "warmup": 0.0},
+            "response_tokens": 24,
+            "updates": 12,
+            "train": {"batch": 12, "lr": 3e-4, "warmup": 0.0},
         },
         "text",
     ),
