@@ -22,6 +22,7 @@ _TRAIN = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100
 _PAIRS = str(Path(__file__).parent / "reward" / "pairs.jsonl")
 _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value": "value", "temperature": "temperature"}
 _TINY = Path(__file__).parent / "judge" / "tiny"
+_TWIN = {"data": "openbezoar-twin", "recorded": "openbezoar-twin"}
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
     "curate.extract": Row(
@@ -210,6 +211,10 @@ ROWS: dict[str, Row] = {
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
         families=("",),
     ),
+    "curate.lamini": Row({**_TWIN, "size": 8, "ask": 8}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.evol": Row({**_TWIN, "rounds": 1}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.orca": Row({**_TWIN, "messages": 2}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.judge_filter": Row({**_TWIN, "ask": "yes_no"}, ("tests/curate/test_openbezoar.py",), families=("",)),
     "curate.instructors": Row(
         {"sample_size": 4},
         ("tests/curate/test_instructors.py", "tests/curate/generators/test_grading.py", "tests/curate/generators/test_task_forms.py"),

@@ -30,7 +30,9 @@ from modelwright.registry.entry import (
     SCORES,
     SERVES,
     STOCK,
+    TEACHES,
     TUNES,
+    WRITES,
     Entry,
     Shape,
     method,
@@ -40,8 +42,8 @@ from modelwright.registry.table import ALIASES, FAMILIES, METHODS
 
 __all__ = [
     "ALIASES", "CREATES", "CURATES", "FAMILIES", "INSPECTS", "JUDGES", "MEASURES", "METHODS", "OURS", "PROBES", "REFINES", "RESHAPES",
-    "SCORES", "SERVES", "STOCK", "TUNES", "Entry", "Shape", "doc", "entries", "entry", "hint", "knobs", "load", "method", "mixed",
-    "problems", "techniques", "techniques_named", "tuning",
+    "SCORES", "SERVES", "STOCK", "TEACHES", "TUNES", "WRITES", "Entry", "Shape", "doc", "entries", "entry", "hint", "knobs", "load",
+    "method", "mixed", "problems", "techniques", "techniques_named", "tuning",
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from modelwright.registry.entry import (
     STOCK,
     TEACHES,
     TUNES,
+    WRITES,
     method,
 )
 
@@ -63,6 +64,10 @@ METHODS = [
     method("modalities.backcast", "daily values of years of which only monthly or yearly totals are known, from temperature and calendar", "2407.20057", MEASURES),
     method("modalities.critical_temperature", "the temperature at which a daily series turns from falling to rising, with its interval", "2407.20057", MEASURES),
     method("curate.instructors", "new tasks from a stronger model about what the checkpoint gets wrong, each checked; LE, LEC and controls", "2407.00497", TEACHES),
+    method("curate.lamini", "new instructions from examples and topics, each with a response, written by a model", "2404.12195, 2304.14402", WRITES),
+    method("curate.evol", "instructions made harder or rarer round by round by a model, with rules for what failed", "2404.12195, 2304.12244", WRITES),
+    method("curate.orca", "explained answers of a model under sixteen system messages, gold answers kept beside them", "2404.12195, 2306.02707", WRITES),
+    method("curate.judge_filter", "keep the rows whose response a judge accepts and no known answer contradicts; unknown is never kept", "2404.12195", WRITES),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on
