@@ -165,10 +165,8 @@ def test_a_checkpoint_judges_by_the_probabilities_of_its_next_token(tmp_path: Pa
 
 def test_replies_are_read_by_their_headings() -> None:
     assert numbered("Sure.\n### Instruction 1\na\n\nb\n## Instruction 2:\nc\n### Instruction 3\n", "Instruction") == ["a\n\nb", "c"]
-    assert (
-        numbered("no heading", "Instruction") == [] and one_word("Equal!", ("equal",)) == "equal"
-    assert one_word("unequal", ("equal",)) == ""
-    )
+    assert numbered("no heading", "Instruction") == []
+    assert one_word("Equal!", ("equal",)) == "equal" and one_word("unequal", ("equal",)) == ""
 
 
 def test_rows_are_read_from_the_usual_tables(tmp_path: Path) -> None:
