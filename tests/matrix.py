@@ -215,6 +215,12 @@ ROWS: dict[str, Row] = {
     "curate.evol": Row({**_TWIN, "rounds": 1}, ("tests/curate/test_openbezoar.py",), families=("",)),
     "curate.orca": Row({**_TWIN, "messages": 2}, ("tests/curate/test_openbezoar.py",), families=("",)),
     "curate.judge_filter": Row({**_TWIN, "ask": "yes_no"}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "inspect.multilingual": Row(
+        {},
+        ("tests/inspect/test_multilingual.py", "tests/inspect/languages/test_language_measures.py"),
+        families=("seedling",),
+        data="languages",
+    ),
     "curate.instructors": Row(
         {"sample_size": 4},
         ("tests/curate/test_instructors.py", "tests/curate/generators/test_grading.py", "tests/curate/generators/test_task_forms.py"),

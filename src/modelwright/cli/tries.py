@@ -60,6 +60,7 @@ SAMPLES: dict[str, Sample] = {
     "judge.llmbar": Sample({"strategies": ["vanilla", "rules"], "verdict": "logits"}, "judged"),
     "judge.select": Sample({"n": 8, "window": 3}, "chains"),
     "judge.aor": Sample({"n": 4, "max": 8, "verifier": "letters"}, "chains", base=False),
+    "inspect.multilingual": Sample({}, "languages"),
     "curate.lamini": Sample({"data": "openbezoar-twin", "recorded": "openbezoar-twin", "size": 8, "ask": 8}),
     "curate.evol": Sample({"data": "openbezoar-twin", "recorded": "openbezoar-twin", "rounds": 1}),
     "curate.orca": Sample({"data": "openbezoar-twin", "recorded": "openbezoar-twin"}),

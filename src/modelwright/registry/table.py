@@ -68,6 +68,7 @@ METHODS = [
     method("curate.evol", "instructions made harder or rarer round by round by a model, with rules for what failed", "2404.12195, 2304.12244", WRITES),
     method("curate.orca", "explained answers of a model under sixteen system messages, gold answers kept beside them", "2404.12195, 2306.02707", WRITES),
     method("curate.judge_filter", "keep the rows whose response a judge accepts and no known answer contradicts; unknown is never kept", "2404.12195", WRITES),
+    method("inspect.multilingual", "how a model and a corpus treat languages: balance, tokens, shared space by layer, stereotypes, debiasing", "2404.00929", INSPECTS),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on
