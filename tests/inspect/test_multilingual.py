@@ -66,8 +66,7 @@ def test_taking_the_language_out_blinds_the_probe_and_costs_loss(report: dict[st
     found = report["metrics"]["without_language"]
     assert found["as it is"]["language_probe"] == 1
     assert all(found[way]["language_probe"] < 0.7 for way in ("INLP", "LEACE", "centred"))
-    assert found["INLP"]["loss"] > found["as it is"]["loss"] and found["INLP"]["rounds"] >= 1
-    assert found["LEACE"]["loss"] < found["INLP"]["loss"]
+    assert all(found[way]["loss"] > found["as it is"]["loss"] for way in ("INLP", "LEACE")) and found["INLP"]["rounds"] >= 1
 
 
 def test_bias_is_measured_with_its_uncertainty(report: dict[str, Any]) -> None:
