@@ -23,6 +23,7 @@ _PAIRS = str(Path(__file__).parent / "reward" / "pairs.jsonl")
 _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value": "value", "temperature": "temperature"}
 _DOMAINS = str(Path(__file__).parent / "tune" / "domains.jsonl")
 _TINY = Path(__file__).parent / "judge" / "tiny"
+_TWIN = {"data": "openbezoar-twin", "recorded": "openbezoar-twin"}
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
     "curate.extract": Row(
@@ -316,6 +317,16 @@ ROWS: dict[str, Row] = {
         _DAYS | {"draws": 100},
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
         families=("",),
+    ),
+    "curate.lamini": Row({**_TWIN, "size": 8, "ask": 8}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.evol": Row({**_TWIN, "rounds": 1}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.orca": Row({**_TWIN, "messages": 2}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.judge_filter": Row({**_TWIN, "ask": "yes_no"}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "inspect.multilingual": Row(
+        {},
+        ("tests/inspect/test_multilingual.py", "tests/inspect/languages/test_language_measures.py"),
+        families=("seedling",),
+        data="languages",
     ),
     "curate.instructors": Row(
         {"sample_size": 4},

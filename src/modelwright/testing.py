@@ -372,6 +372,8 @@ def _dynamics(folder: Path) -> dict[str, Any]:
     examples = write_jsonl(folder / "examples.jsonl", ({"text": f"One {w}, two {w}s."} for w in _WORDS[:8]))
     tests = write_jsonl(folder / "tests.jsonl", ({"name": f"t{m}", "text": f"Three {_WORDS[m]}s."} for m in range(3)))
     return {"runs": [str(folder)], "examples": examples, "tests": tests}
+
+
 def _languages(folder: Path) -> dict[str, Any]:
     """An untrained T5 with its own tokenizer, texts of two languages, pairs of them."""
     import torch
@@ -392,6 +394,24 @@ def _languages(folder: Path) -> dict[str, Any]:
     T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
     pairs = write_jsonl(folder / "pairs.jsonl", there)
     return {"base": str(folder / "t5"), "mono": {k: {"path": pairs, "column": k} for k in ("en", "de")}, "pairs": {"en-de": pairs}}
+
+
+def _languages(folder: Path) -> dict[str, Any]:
+    """Sentences in three languages, two pairs of sentences as in CrowS-Pairs, and a WEAT set; all of it about things."""
+    texts = folder / "parallel"
+    texts.mkdir()
+    forms = {"en": "The {} is here and {} is there.", "de": "Das {} ist hier und {} ist dort.", "fr": "Le {} est ici et {} est là."}
+    for language, form in forms.items():
+        lines = [form.format(a, b) for a in _WORDS for b in _WORDS[:2]]
+        (texts / f"test.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = ["id,sent_more,sent_less,stereo_antistereo,bias_type"]
+    rows += [
+        f"{i},The {a} is late again.,The {b} is late again.,stereo,thing" for i, (a, b) in enumerate(zip(_WORDS, _WORDS[1:], strict=False))
+    ]
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    groups = {"targ1": _WORDS[:4], "targ2": _WORDS[4:8], "attr1": _WORDS[8:10], "attr2": _WORDS[10:]}
+    (folder / "things.json").write_text(json.dumps({k: {"category": k, "examples": v} for k, v in groups.items()}))
+    return {"parallel": str(texts), "crows": str(folder / "pairs.csv"), "seat": str(folder / "things.json")}
 
 
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")

@@ -16,6 +16,7 @@ from modelwright.registry.entry import (
     STOCK,
     TEACHES,
     TUNES,
+    WRITES,
     method,
 )
 
@@ -85,6 +86,11 @@ METHODS = [
     method("curate.instructors", "new tasks from a stronger model about what the checkpoint gets wrong, each checked; LE, LEC and controls", "2407.00497", TEACHES),
     method("inspect.influence", "a simulator of training from recorded runs: losses step by step for any order of examples, and which examples do harm", "2404.07840, 2303.08114, 2002.08484", INSPECTS),
     method("modalities.taptap", "synthetic rows of a table under its grammar, for privacy, few rows, gaps or rare classes; labels of a backbone beside the model's", "2305.09696", JUDGES),
+    method("curate.lamini", "new instructions from examples and topics, each with a response, written by a model", "2404.12195, 2304.14402", WRITES),
+    method("curate.evol", "instructions made harder or rarer round by round by a model, with rules for what failed", "2404.12195, 2304.12244", WRITES),
+    method("curate.orca", "explained answers of a model under sixteen system messages, gold answers kept beside them", "2404.12195, 2306.02707", WRITES),
+    method("curate.judge_filter", "keep the rows whose response a judge accepts and no known answer contradicts; unknown is never kept", "2404.12195", WRITES),
+    method("inspect.multilingual", "how a model and a corpus treat languages: balance, tokens, shared space by layer, stereotypes, debiasing", "2404.00929", INSPECTS),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on
