@@ -211,6 +211,13 @@ ROWS: dict[str, Row] = {
         families=("",),
     ),
     "inspect.influence": Row({"epochs": 10}, ("tests/inspect/test_influence.py",), families=("", "seedling"), data="dynamics"),
+    "modalities.pixels": Row(
+        {"train": _TRAIN, "patch": 8, "font_size": 7, "patches": 12},
+        ("tests/modalities/test_pixels.py",),
+        families=("llama", "seedling"),
+        data="text",
+        loads_in=dict.fromkeys(("llama", "seedling"), "PixelLlamaForCausalLM"),
+    ),
     "modalities.taptap": Row(
         {"table": str(Path(__file__).parent / "modalities" / "people.csv"), "layers": 1, "hidden": 16, "heads": 2}
         | {"backbone": "DecisionTree", "train": {"epochs": 1, "batch": 16, "lr": 1e-3}},

@@ -62,6 +62,7 @@ SAMPLES: dict[str, Sample] = {
     "judge.aor": Sample({"n": 4, "max": 8, "verifier": "letters"}, "chains", base=False),
     "modalities.taptap": Sample({"hidden": 32, "layers": 2, "train": {"epochs": 6, "batch": 16, "lr": 3e-3}}, "people", base=False),
     "inspect.influence": Sample({"epochs": 100, "objective": "roll_out"}, "dynamics"),
+    "modalities.pixels": Sample({"train": dict(_TRAIN), "patch": 8, "font_size": 7, "patches": 32}, "text"),
 }
 
 
