@@ -211,6 +211,12 @@ ROWS: dict[str, Row] = {
         families=("",),
     ),
     "inspect.influence": Row({"epochs": 10}, ("tests/inspect/test_influence.py",), families=("", "seedling"), data="dynamics"),
+    "modalities.music": Row(
+        {"length": 512, "widths": [8, 16], "stem": 4, "layers": 1, "each": 1, "steps": 2, "train": {"epochs": 1, "batch": 8}},
+        ("tests/modalities/test_music.py",),
+        families=("", "seedling"),
+        data="tones",
+    ),
     "modalities.pixels": Row(
         {"train": _TRAIN, "patch": 8, "font_size": 7, "patches": 12},
         ("tests/modalities/test_pixels.py",),

@@ -63,6 +63,11 @@ SAMPLES: dict[str, Sample] = {
     "modalities.taptap": Sample({"hidden": 32, "layers": 2, "train": {"epochs": 6, "batch": 16, "lr": 3e-3}}, "people", base=False),
     "inspect.influence": Sample({"epochs": 100, "objective": "roll_out"}, "dynamics"),
     "modalities.pixels": Sample({"train": dict(_TRAIN), "patch": 8, "font_size": 7, "patches": 32}, "text"),
+    "modalities.music": Sample(
+        {"length": 512, "widths": [16, 32], "stem": 4, "layers": 1, "each": 2, "steps": 10}
+        | {"train": {"epochs": 30, "batch": 8, "lr": 2e-3}},
+        "tones",
+    ),
 }
 
 

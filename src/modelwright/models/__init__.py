@@ -3,5 +3,6 @@
 from modelwright.models import hyper_moe as _hyper_moe  # noqa: F401
 from modelwright.models import lora_moe as _lora_moe  # noqa: F401
 from modelwright.models import mix_ln as _mix_ln  # noqa: F401
+from modelwright.models import music as _music  # noqa: F401
 from modelwright.models import pixels as _pixels  # noqa: F401
 from modelwright.models import rmoe as _rmoe  # noqa: F401

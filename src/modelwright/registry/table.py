@@ -64,6 +64,7 @@ METHODS = [
     method("inspect.influence", "a simulator of training from recorded runs: losses step by step for any order of examples, and which examples do harm", "2404.07840, 2303.08114, 2002.08484", INSPECTS),
     method("modalities.taptap", "synthetic rows of a table under its grammar, for privacy, few rows, gaps or rare classes; labels of a backbone beside the model's", "2305.09696", JUDGES),
     method("modalities.pixels", "a Llama that reads rendered text as patches, alone or beside tokens: next patch, next token, classes", "2404.10710", TUNES, loads_in=OURS),
+    method("modalities.music", "sound from text: v-diffusion on raw samples, steered by the states of any text encoder, with guidance", "2302.04456", JUDGES),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on
