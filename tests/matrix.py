@@ -335,6 +335,19 @@ ROWS: dict[str, Row] = {
         data="lessons",
     ),
     "inspect.influence": Row({"epochs": 10}, ("tests/inspect/test_influence.py",), families=("", "seedling"), data="dynamics"),
+    "modalities.music": Row(
+        {"length": 512, "widths": [8, 16], "stem": 4, "layers": 1, "each": 1, "steps": 2, "train": {"epochs": 1, "batch": 8}},
+        ("tests/modalities/test_music.py",),
+        families=("", "seedling"),
+        data="tones",
+    ),
+    "modalities.pixels": Row(
+        {"train": _TRAIN, "patch": 8, "font_size": 7, "patches": 12},
+        ("tests/modalities/test_pixels.py",),
+        families=("llama", "seedling"),
+        data="text",
+        loads_in=dict.fromkeys(("llama", "seedling"), "PixelLlamaForCausalLM"),
+    ),
     "modalities.taptap": Row(
         {"table": str(Path(__file__).parent / "modalities" / "people.csv"), "layers": 1, "hidden": 16, "heads": 2}
         | {"backbone": "DecisionTree", "train": {"epochs": 1, "batch": 16, "lr": 1e-3}},

@@ -414,6 +414,25 @@ def _languages(folder: Path) -> dict[str, Any]:
     return {"parallel": str(texts), "crows": str(folder / "pairs.csv"), "seat": str(folder / "things.json")}
 
 
+def _tones(folder: Path) -> dict[str, Any]:
+    """Short tones, high and low, as wav files with their texts."""
+    import wave
+    from array import array
+
+    rows = []
+    for i in range(16):
+        high = i % 2 == 1
+        pitch = (880 if high else 220) * (1 + (i // 2) / 40)
+        samples = array("h", (round(9000 * math.sin(2 * math.pi * pitch * t / 8000)) for t in range(512)))
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes(samples.tobytes())
+        rows.append({"audio": f"{i}.wav", "text": "a high tone" if high else "a low tone"})
+    return {"clips": write_jsonl(folder / "clips.jsonl", rows)}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -440,4 +459,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "people": _people,
     "dynamics": _dynamics,
     "languages": _languages,
+    "tones": _tones,
 }

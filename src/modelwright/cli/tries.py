@@ -112,6 +112,12 @@ SAMPLES: dict[str, Sample] = {
         "text",
     ),
     "tune.ernie_code": Sample({}, "languages"),
+    "modalities.pixels": Sample({"train": dict(_TRAIN), "patch": 8, "font_size": 7, "patches": 32}, "text"),
+    "modalities.music": Sample(
+        {"length": 512, "widths": [16, 32], "stem": 4, "layers": 1, "each": 2, "steps": 10}
+        | {"train": {"epochs": 30, "batch": 8, "lr": 2e-3}},
+        "tones",
+    ),
 }
 
 

@@ -91,6 +91,8 @@ METHODS = [
     method("curate.orca", "explained answers of a model under sixteen system messages, gold answers kept beside them", "2404.12195, 2306.02707", WRITES),
     method("curate.judge_filter", "keep the rows whose response a judge accepts and no known answer contradicts; unknown is never kept", "2404.12195", WRITES),
     method("inspect.multilingual", "how a model and a corpus treat languages: balance, tokens, shared space by layer, stereotypes, debiasing", "2404.00929", INSPECTS),
+    method("modalities.pixels", "a Llama that reads rendered text as patches, alone or beside tokens: next patch, next token, classes", "2404.10710", TUNES, loads_in=OURS),
+    method("modalities.music", "sound from text: v-diffusion on raw samples, steered by the states of any text encoder, with guidance", "2302.04456", JUDGES),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on
