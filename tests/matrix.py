@@ -134,6 +134,24 @@ ROWS: dict[str, Row] = {
         {"losses": str(Path(__file__).parent / "inspect" / "tiny_losses.json")}, ("tests/inspect/test_scaling_law.py",), families=("",)
     ),
     "inspect.depth": Row({"context": 16}, ("tests/inspect/test_depth.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral")),
+    "tune.dpo": Row(
+        {"train": _TRAIN | {"tokens": 200, "context": 64}}, ("tests/tune/test_dpo.py",), families=("seedling",), data="answers"
+    ),
+    "reward.train": Row(
+        {"train": _TRAIN | {"tokens": 200, "context": 64}, "debias": "pbc"},
+        ("tests/reward/test_reward_train.py", "tests/models/test_reward_model.py"),
+        families=("seedling",),
+        data="answers",
+        loads_in={"seedling": "RewardModel"},
+    ),
+    "reward.themis_train": Row(
+        {"train": _TRAIN | {"tokens": 400, "context": 512}},
+        ("tests/reward/test_themis_train.py", "tests/reward/tools/test_traces.py"),
+        families=("seedling",),
+        data="traces",
+        loads_in={"seedling": "ToolRewardModel"},
+    ),
+    "reward.themis": Row({}, ("tests/reward/test_themis.py", "tests/reward/tools/test_tools.py"), families=("",), data="recorded"),
     "reward.calibrate": Row(
         {"scores": _PAIRS, "frac": 0.5},
         ("tests/reward/test_calibrate.py", "tests/reward/table/test_scores.py", "tests/reward/table/test_wrapper.py"),

@@ -63,11 +63,12 @@ def check_method(
 def _check_model(result: Any, loads_in: str, bf16: bool) -> None:
     """A stock class loads the folder; sizes and types are as the certificate and the base say."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     certificate = result.certificate
     assert certificate["passed"] in (True, None), f"the certificate failed: {certificate}"
-    model = AutoModelForCausalLM.from_pretrained(result.to)
+    is_reward = certificate["loads_in"].endswith(("ForSequenceClassification", "RewardModel"))  # ToolRewardModel too
+    model = (AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM).from_pretrained(result.to)
     expected = loads_in or certificate["loads_in"]
     assert type(model).__name__ == certificate["loads_in"] == expected, f"loads in {type(model).__name__}, not in {expected}"
     count = sum(p.numel() for p in model.parameters())
@@ -231,6 +232,34 @@ def _answers(folder: Path) -> dict[str, Any]:
     return {"data": write_jsonl(folder / "answers.jsonl", rows)}
 
 
+def _traces(folder: Path) -> dict[str, Any]:
+    """Questions about days of the week, with the calls of a calendar that answer them, in TARA's form."""
+    (folder / "traces").mkdir()
+    names = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+    rows = []
+    for i in range(12):
+        day = date(2020, 1, 1) + timedelta(days=31 * i)
+        right, wrong = names[day.weekday()], names[(day.weekday() + 3) % 7]
+        call = {"Thought": "I need the day of the week.", "Action": "Calendar.week_day", "Action Input": f"{day}", "Observation": right}
+        both = {
+            k: {
+                "answer": f"It is {a}",
+                "score": s,
+                "actions": call,
+                "score_agent": {"explanation": f"The calendar says {right}.", "score": s},
+            }
+            for k, a, s in (("pos_answer", right, 1), ("neg_answer", wrong, -1))
+        }
+        rows.append({"id": f"day_{i}", "question": f"What day of the week is {day}?", **both})
+    (folder / "traces" / "calendar_train.json").write_text(json.dumps(rows))
+    return {"data": str(folder / "traces" / "calendar_train.json")}
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The same as a folder of recorded traces."""
+    return {"replay": str(Path(_traces(folder)["data"]).parent)}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -246,4 +275,6 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "pages": _pages,
     "functions": _functions,
     "answers": _answers,
+    "traces": _traces,
+    "recorded": _recorded,
 }

@@ -67,6 +67,10 @@ SAMPLES: dict[str, Sample] = {
     "tune.new_blocks": Sample(before=(_TEXT, {"reshape.grow": {"operator": "zero", "depth": 2}})),
     "inspect.experts": Sample({"tokens": 2048, "pairs": 3}, before=(_TEXT, _MIXTURE)),
     "inspect.modularity": Sample({"partitions": 20, "disturb": [0.06], "draws": 1}, "functions"),
+    "reward.train": Sample({"debias": "pbc", "train": {"epochs": 8, "batch": 4, "context": 64, "lr": 1e-3}}, "answers"),
+    "tune.dpo": Sample({"train": {"epochs": 8, "batch": 4, "context": 64, "lr": 5e-4}}, "answers"),
+    "reward.themis_train": Sample({"train": {"epochs": 4, "batch": 4, "context": 256, "lr": 2e-3}}, "traces"),
+    "reward.themis": Sample({}, "recorded", base=False),
     "rl.ppo": Sample(
         {
             "reward_function": "modelwright.rl.rollout.examples:letters",
