@@ -72,13 +72,11 @@ def main() -> None:
     ours = [r for r in rows if r[1] == "chunked" and r[0] > 100_000]
     save(
         "loss_memory",
-        claim="A step of 4,096 tokens over 128,256 or 262,144 words takes at most 1 GB above weights, gradients and states, at 1.05 x the time",
+        claim="A step of 4,096 tokens over 128,256 or 262,144 words: at most 1 GB above weights, gradients and states, at 1.05 x the time",
         outcome="; ".join(f"{v:,} words: {mb} MB at {t} x the time of whole logits" for v, _, mb, t, _ in ours) + ".",
         columns=["words", "loss", "peak above the model's own, MB", "of the time of whole logits", "loss, nats"],
         rows=rows,
-        notes=[
-            f"Llama of width {WIDTH}, one block, tied head, fp32, one thread, CPU time of forward and backward pass; gradients were there before"
-        ],
+        notes=[f"Llama of width {WIDTH}, one block, tied head, fp32, one thread, CPU time of both passes; gradients were there"],
     )
 
 

@@ -162,7 +162,7 @@ def main() -> None:
     full = [float(r[3].split()[0]) for r in table if r[1] == "tune.full"]
     save(
         "throughput",
-        claim="A step of tune.full costs at most 1.01 times a bare PyTorch loop, and no more than transformers' Trainer or TRL's SFTTrainer",
+        claim="A step of tune.full costs at most 1.01 of a bare PyTorch loop, and no more than transformers' Trainer or TRL's SFTTrainer",
         outcome=f"tune.full: {full[0]:.3f} padded, {full[1]:.3f} packed, of the bare loop's CPU time (goal 1.01).",
         columns=["rows", "loop", "CPU s a step, median", "of the bare loop, median (min to max)"],
         rows=table,
