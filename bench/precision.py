@@ -122,7 +122,7 @@ def main() -> None:
         rows=rows,
         seeds=SEEDS,
         notes=[
-            f"stories260K on tiny Shakespeare, {TOKENS:,} tokens, context {CONTEXT}, lr {LR} (LoRA and LoRAMoE 1e-3); upcycled to 4 experts for "
+            f"stories260K on tiny Shakespeare, {TOKENS:,} tokens, context {CONTEXT}, lr {LR} (adapters 1e-3); upcycled to 4 experts for "
             f"gw_moe, rectify and balance; before training: {json.dumps(before)}"
         ],
     )
