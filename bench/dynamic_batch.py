@@ -29,7 +29,7 @@ def texts(source: Checkpoint) -> Domains:
     for kind in KINDS:
         text = ""
         for file in sorted((SHARED / "sheared_redpajama_sample").glob(f"sample_{kind}*.jsonl")):
-            text += "\n".join(json.loads(line)["text"][:4000] for line in file.read_text(encoding="utf-8").splitlines())
+            text += "\n".join(json.loads(line)["text"][:40_000] for line in file.read_text(encoding="utf-8").splitlines())
         ids = source.tokenizer()(text[:150_000], add_special_tokens=False)["input_ids"][: (ROWS + HELD) * CONTEXT]
         parts[kind] = tokenize([ids], None, 512, CONTEXT)
     each = {k: p.split(ROWS) for k, p in parts.items()}

@@ -50,10 +50,8 @@ def main() -> None:
     silence_transformers()
     cache, rows, means = Cache("shear"), [], {}
     data = {s: drawn(Checkpoint(SHARED / "stories260K" / "hf").model(torch.float32).eval(), s) for s in SEEDS}
-    dense = [
-        cache(["dense", s, ROWS], lambda s=s: trained(Checkpoint(SHARED / "stories260K" / "hf").model(torch.float32), Technique(), data[s], 1e-3, s)[1])
-        for s in SEEDS
-    ]  # fmt: skip
+    stories = Checkpoint(SHARED / "stories260K" / "hf")
+    dense = [cache(["dense", s, ROWS], lambda s=s: trained(stories.model(torch.float32), Technique(), data[s], 1e-3, s)[1]) for s in SEEDS]
     for how in ARMS:
         each = [cache([how, s, ROWS, SHAPE], lambda how=how, s=s: once(how, s, data[s])) for s in SEEDS]
         ends = [e["loss"] for e in each]
