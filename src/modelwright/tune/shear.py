@@ -39,7 +39,6 @@ from modelwright.tune.pruning.scores import scores
 from modelwright.tune.pruning.smaller import KINDS, Shape, require_fit, smaller
 
 _MOST = math.log(100)  # of log_alpha
-_FAR = 0.02  # from the share of open gates that was wanted
 _LEAST = 0.01  # a gate that stays is not smaller
 
 
@@ -204,7 +203,7 @@ class Shear(Constrained):
     def facts(self) -> dict[str, Any]:
         layers = {"kept blocks": self.kept_layers} if "layers" in self.keep else {}
         told = super().facts() | {"how": self.knobs.how} | layers
-        if any(abs(v - told["wanted"][n]) > _FAR for n, v in told["reached"].items()):
+        if any(abs(v - told["wanted"][n]) * getattr(self.shape, n) > 1 for n, v in told["reached"].items()):  # by more than a unit
             told["cut early"] = "the gates had not reached the shape when it was cut: train longer, or raise multiplier_lr"
         return told
 
