@@ -27,13 +27,8 @@ def test_samples_name_methods_that_are_there() -> None:
     assert SAMPLES.keys() <= {e.name for e in registry.METHODS}
 
 
-NO_SAMPLE = ("curate.extract", "curate.web", "reshape.moefy", "tune.masked", "tune.new_blocks", "inspect.experts", "inspect.modularity")
-_MISSING = pytest.mark.xfail(strict=True, reason="its sample in cli/tries.py does not fit it yet")
-_TRIED = [pytest.param(e, marks=_MISSING if e.name in NO_SAMPLE else ()) for e in registry.entries()]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("e", _TRIED, ids=lambda e: e.name)
+@pytest.mark.parametrize("e", registry.entries(), ids=lambda e: e.name)
 def test_every_method_can_be_tried(e: registry.Entry, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short = ["--set", "train.tokens=2k"] if e.family == "tune" else []
     assert _call("try", e.name, "--to", tmp_path / "t", "--json", *short) == 0

@@ -9,12 +9,12 @@ from modelwright.core.errors import UserError, did_you_mean
 
 
 def scaffold(family: str, name: str, root: Path) -> list[Path]:
-    """Write all that a method needs under `root`, a checkout: its file, registry line, matrix row, recipe, test, benchmark
-    and line in PROOFS.md. Returns the files. Raises UserError before anything is written."""
+    """Write all that a method needs under `root`, a checkout: its file, registry line, matrix row, recipe, test and
+    benchmark. Returns the files; `make docs` adds its page. Raises UserError before anything is written."""
     _check(family, name)
     package = root / "src" / "modelwright"
-    table, matrix, proofs = package / "registry" / "table.py", root / "tests" / "matrix.py", root / "PROOFS.md"
-    for file in (table, matrix, proofs):
+    table, matrix = package / "registry" / "table.py", root / "tests" / "matrix.py"
+    for file in (table, matrix):
         if not file.is_file():
             raise UserError(f"{root} is no checkout of modelwright", f"it has no {file.relative_to(root)}", "go to the root of one")
     words = stubs.words(family, name)
@@ -29,7 +29,6 @@ def scaffold(family: str, name: str, root: Path) -> list[Path]:
     changed = {
         table: _insert(table, "]\n# fmt: on", line),
         matrix: _insert(matrix, "\n}\n", "\n" + _row(family, name).rstrip("\n"), last=True),
-        proofs: _insert(proofs, "### The kernel", stubs.PROOFS.format(**words)),
     }
     if not (init := package / family / "__init__.py").exists():
         filled[init] = f'"""{registry.FAMILIES[family].capitalize()}."""\n'

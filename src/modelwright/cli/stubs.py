@@ -187,12 +187,6 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 '''
-PROOFS = """### `{family}.{name}`
-
-- {name} runs and what it saves loads (tests/{family}/test_{name}.py)
-- {name} is proven (tests/{family}/test_{name}.py)
-
-"""
 PYPROJECT = """[build-system]
 requires = ["setuptools>=64"]
 build-backend = "setuptools.build_meta"
@@ -224,7 +218,7 @@ METHODS = [
 '''
 README = """# {dist}
 
-Methods for [modelwright](https://pypi.org/project/modelwright/) in a package of their own.
+Methods for modelwright in a package of their own.
 
 ```sh
 pip install -e '.[dev]'
