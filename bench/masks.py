@@ -20,11 +20,10 @@ from modelwright.core.train.technique import Technique
 from modelwright.tune.masks import Knobs, Masks
 
 SEEDS, TARGETS = [0, 1, 2], (0.5, 0.25, 0.1)
-ROWS, HELD, WIDTH, BATCH = 384, 48, 128, 8
+ROWS, HELD, WIDTH, BATCH = 384, 64, 64, 8
 LEARNT = {"mask_lr": 0.3, "multiplier_lr": 3.0, "ramp": 0.4, "hard": 0.2}
 ARMS: dict[str, dict[str, Any]] = {
     "learnt, 4 masks, 2 a token": {"experts": 4, "top_k": 2, **LEARNT},
-    "learnt, 1 mask": {"experts": 1, "top_k": 1, **LEARNT},
     "magnitude, once": {"experts": 1, "top_k": 1, "how": "magnitude"},
     "random, once": {"experts": 1, "top_k": 1, "how": "random"},
 }

@@ -220,6 +220,9 @@ def test_a_domain_without_a_held_out_row_is_refused(tmp_path: Path) -> None:
     made, found = _rows({}, data)
     with pytest.raises(UserError, match="the domain 'a' has no held-out row"):
         made.prepare(found)  # no share was held out, and there are no evals
+    made.held = {"a": rows(2), "b": rows(2).split(2)[1]}
+    with pytest.raises(UserError, match="the domain 'b' has no held-out row"):
+        made.prepare(found)
     one = Domains({"a": rows(4), "b": rows(1)})
     with pytest.raises(UserError, match="the domain 'b' has no held-out row"):
         one.split(4)

@@ -129,6 +129,14 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         assert first.facts == second.facts
 
 
+def test_recomputed_activations_change_nothing(tmp_path: Path) -> None:
+    one, other = model_of("llama"), model_of("llama")
+    go(make(), one, tmp_path / "one", epochs=2.0, lr=1e-4)
+    go(make(), other, tmp_path / "other", epochs=2.0, lr=1e-4, gradient_checkpointing=True)
+    a, b = weights(one), weights(other)
+    assert max(float((a[n] - b[n]).abs().max()) for n in a) <= 2e-6
+
+
 @pytest.mark.parametrize("how", ["magnitude", "random"])
 def test_the_controls_are_made_once_and_leave_a_dense_model(how: str, tmp_path: Path) -> None:
     model, technique = model_of("llama"), make(how=how, target=0.5)

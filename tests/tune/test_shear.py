@@ -60,6 +60,11 @@ def test_every_block_is_held_to_its_target_within_a_unit(trained: tuple[Any, She
     assert len(trained[2].facts["shear"].get("kept blocks", [])) in (0, 2)
 
 
+def test_a_shape_that_was_cut_early_is_said(trained: tuple[Any, Shear, Outcome, torch.Tensor], tmp_path: Path) -> None:
+    assert "cut early" not in trained[2].facts["shear"]
+    assert "raise multiplier_lr" in go(make(multiplier_lr=1e-3), source(), tmp_path, lr=1e-3).facts["shear"]["cut early"]
+
+
 def test_the_export_is_the_last_evaluation(trained: tuple[Any, Shear, Outcome, torch.Tensor], tmp_path: Path) -> None:
     model, technique, _, logits = trained
     added = model.constraint

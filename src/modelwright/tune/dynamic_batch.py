@@ -179,7 +179,7 @@ class DynamicBatch(Technique):
             raise UserError("dynamic_batch: the rows have no domains", "another method made them", "leave the other method out")
         self.domains = rows
         self.held = self.held or rows.held
-        if missing := [n for n in rows.parts if n not in self.held]:
+        if missing := [n for n in rows.parts if not len(self.held.get(n, ()))]:
             raise UserError(
                 f"the domain '{missing[0]}' has no held-out row",
                 f"there are held-out texts for {', '.join(self.held) or 'none'}",

@@ -202,7 +202,10 @@ class Shear(Constrained):
 
     def facts(self) -> dict[str, Any]:
         layers = {"kept blocks": self.kept_layers} if "layers" in self.keep else {}
-        return super().facts() | {"how": self.knobs.how} | layers
+        told = super().facts() | {"how": self.knobs.how} | layers
+        if any(abs(v - told["wanted"][n]) * getattr(self.shape, n) > 1 for n, v in told["reached"].items()):  # by more than a unit
+            told["cut early"] = "the gates had not reached the shape when it was cut: train longer, or raise multiplier_lr"
+        return told
 
     def export(self, model: Any, folder: Any) -> Any:
         gates = self.settle(detach(model), final=True)
