@@ -156,7 +156,10 @@ def test_the_budget_is_met_exactly_and_one_head_stands_for_each_group(trained: t
     first = mixed(p, group_rows(omega[1, 1], labels[1, 1]))
     made = technique.export(model, tmp_path)
     assert torch.equal(made.model.layers[1].self_attn.v_proj.weight, first)
-    assert "fusion" in technique.facts()["reached"]
+    facts = technique.facts()
+    assert facts["heads kept"] == "8 of 16" and "note" not in facts
+    technique.measured["fusion"] = 0.5
+    assert "train longer" in technique.facts()["note"]
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,7 @@ SAMPLES: dict[str, Sample] = {
     "judge.select": Sample({"n": 8, "window": 3}, "chains"),
     "judge.aor": Sample({"n": 4, "max": 8, "verifier": "letters"}, "chains", base=False),
     "reshape.upit": Sample({"experts": 4, "seed_rows": 8, "context": 64, "epochs": 2}, "checkpoints"),
-    "tune.dha": Sample({"budget": 0.5, "search": 5}, before=(_TEXT,)),
+    "tune.dha": Sample({"budget": 0.5, "search": 4, "omega_lr": 0.2}, before=(_TEXT,)),
     "tune.ssd": Sample({"experts": 8, "top_k": 4, "check_every": 3, "stable": -1.0, "zeros": 0.0}, before=(_TEXT,)),
 }
 

@@ -121,9 +121,12 @@ class Dha(Constrained):
         return {"fusion": fusion_loss(self._masked(parts.omega), self._labels())}
 
     def target(self, name: str) -> float:
-        begin = float(fusion_loss(torch.eye(self.heads).repeat(len(self.sites), 2, 1, 1), self._labels()))
         steps = max(self.steps - self.search, 1)
-        return Goal(0.0, begin).at((self.step - self.search) / (self.warm_up * steps))
+        return Goal(0.0, self._begin()).at((self.step - self.search) / (self.warm_up * steps))
+
+    def _begin(self) -> float:
+        """The fusion loss of mixes that are the identity."""
+        return float(fusion_loss(torch.eye(self.heads).repeat(len(self.sites), 2, 1, 1), self._labels()))
 
     def penalty(self) -> Tensor:
         if self.step >= self.search:
@@ -187,7 +190,10 @@ class Dha(Constrained):
         found = self._labels()
         told = {n: ", ".join(str(int(x.max()) + 1) for x in found[:, i]) for i, n in enumerate(("key heads", "value heads"))}
         kept = int((found.amax(-1) + 1).sum())
-        return super().facts() | told | {"heads kept": f"{kept} of {2 * self.heads * len(self.sites)}"}
+        told["heads kept"] = f"{kept} of {2 * self.heads * len(self.sites)}"
+        if self.measured.get("fusion", 0.0) > 0.05 * self._begin():
+            told["note"] = "the heads of a group still differ, and their mean is saved: train longer, or raise omega_lr"
+        return super().facts() | told
 
     # ---- what is saved
     @torch.no_grad()
