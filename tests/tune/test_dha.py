@@ -17,7 +17,8 @@ from modelwright.core.errors import UserError
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.models.dha import CLASSES
-from modelwright.tune.dha import Dha, Knobs, costs_of, fusion_loss, group_rows, mixed
+from modelwright.tune.dha import Dha, Knobs
+from modelwright.tune.heads.mixes import costs_of, fusion_loss, group_rows, mixed
 from small import Fatal, go, rows, same, weights
 
 IDS = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(0))
