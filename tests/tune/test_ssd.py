@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import modelwright
 from families import model_of
+from modelwright.cli import app as cli
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.model.anatomy import Anatomy
@@ -183,3 +185,34 @@ def test_what_cannot_be_done_is_refused(
         modelwright.run("tune.ssd", base=tiny(kind, **changes), to=tmp_path / "out", **given)
     assert all(w in str(caught.value) for w in words), caught.value
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    common = [
+        "tune",
+        "ssd",
+        "--base",
+        str(tiny("llama", **RELU)),
+        "--data",
+        data(tmp_path),
+        "--json",
+        "--experts",
+        "6",
+        "--top-k",
+        "2",
+        "--check-every",
+        "1",
+        "--stable",
+        "-1",
+        "--zeros",
+        "0",
+    ]
+    common += ["--train.context", "16", "--train.epochs", "2", "--train.lr", "1e-4"]
+    for to, own in (("one", ["--train.batch", "4"]), ("two", ["--train.batch", "2", "--nproc", "2"])):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*common, "--to", str(tmp_path / to), *own])
+        assert not end.value.code
+    one, two = (load_file(tmp_path / to / "model.safetensors") for to in ("one", "two"))
+    assert one.keys() == two.keys() and max(float((one[n] - two[n]).abs().max()) for n in one) <= 2e-5

@@ -99,6 +99,7 @@ SAMPLES: dict[str, Sample] = {
     "tune.dynamic_batch": Sample(
         {"domain": "kind", "every": 5}, before=({"curate.stdlib": {"parts": ["topics", "unicode"], "characters": 100_000}},)
     ),
+    "tune.dha": Sample({"budget": 0.5, "search": 4, "omega_lr": 0.2}, before=(_TEXT,)),
     "tune.ssd": Sample({"experts": 8, "top_k": 4, "check_every": 3, "stable": -1.0, "zeros": 0.0}, before=(_TEXT,)),
     "judge.frontier": Sample(
         {
