@@ -70,6 +70,9 @@ def test_corruption_depends_on_neither_batch_nor_place(given: dict[str, Any]) ->
     n, m = int(alone["real"].sum()), int((alone["labels"] != IGNORE).sum())
     assert torch.equal(whole["input_ids"][5, :n], alone["input_ids"][0, :n])
     assert torch.equal(whole["labels"][5, 1 : m + 1], alone["labels"][0, 1 : m + 1])
+    text = next(rows[i] for i in range(len(rows)) if bool((rows[i]["labels"] == IGNORE).all()))
+    again = objective.collate([text | {"example_id": e} for e in range(8)])
+    assert len({tuple(r) for r in again["input_ids"].tolist()}) > 4, "a text that is drawn twice is corrupted in two ways"
 
 
 def test_pairs_are_translated_in_both_directions(given: dict[str, Any]) -> None:
