@@ -1,0 +1,1 @@
+"""Mixed hidden states of two examples: pairs, the objective, the confidence that parts them."""

@@ -1,0 +1,1 @@
+"""Sparse differences to frozen weights: the layer that adds them, the optimizers, dropping and growing."""
