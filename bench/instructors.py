@@ -5,9 +5,9 @@ the same number of new samples, written behind the interface that a model has (p
 Measured: sums with a carry (the weak slice), and differences (out of the lesson's domain, learnt before).
 
 The instructor sees what the arm shows it and no more. Under LE it sees the wrong answer, looks whether the sum that failed has a carry,
-and writes sums with a carry if so. Under LEC it also sees questions that the student can do, and writes every third sample like these. As a
-mimic it changes the digits of the question at random. Also: the recorded answers of the paper graded again, and how often the check of
-arithmetic throws out a true solution of GSM8K.
+and writes sums with a carry if so. Under LEC it also sees questions that the student can do, and writes every third sample like one of
+these. As a mimic it changes the digits of the question at random. Also: the recorded answers of the paper graded again, and how often the
+check of arithmetic throws out a true solution of GSM8K.
 """
 
 import argparse
