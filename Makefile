@@ -5,7 +5,7 @@ export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 BENCHMARKS := $(filter-out bench/common.py bench/pages.py,$(wildcard bench/*.py))
 
-.PHONY: demo test slow lint interop bench docs docs-site clean
+.PHONY: demo test slow fuzz lint interop bench docs docs-site clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PY) -m venv .venv
@@ -20,6 +20,9 @@ test: .venv/ready
 
 slow: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations=20 || test $$? -eq 5
+
+fuzz: .venv/ready  # 10,000 mutated inputs; writes bench/results/fuzz.json
+	OMP_NUM_THREADS=1 $(BIN)/python tests/hostile/fuzz.py 10000
 
 lint: .venv/ready
 	$(BIN)/ruff check .

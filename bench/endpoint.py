@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 from common import Clock, save, spread
-from modelwright.judge.ask.desk import Desk
-from modelwright.judge.ask.endpoint import open_endpoint
-from modelwright.judge.ask.kept import Kept
-from modelwright.judge.ask.protocol import Prompt
+from modelwright.core.ask.desk import Desk
+from modelwright.core.ask.endpoint import open_endpoint
+from modelwright.core.ask.kept import Kept
+from modelwright.core.ask.protocol import Prompt
 
 WORKERS, TURNS = 32, 3
 CASES = {0.0: 480, 0.2: 320}  # seconds that the server waits -> requests a turn

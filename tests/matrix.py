@@ -21,7 +21,9 @@ class Row:
 _TRAIN = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100, "warmup": 0.0}
 _PAIRS = str(Path(__file__).parent / "reward" / "pairs.jsonl")
 _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value": "value", "temperature": "temperature"}
+_DOMAINS = str(Path(__file__).parent / "tune" / "domains.jsonl")
 _TINY = Path(__file__).parent / "judge" / "tiny"
+_TWIN = {"data": "openbezoar-twin", "recorded": "openbezoar-twin"}
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
     "curate.extract": Row(
@@ -95,6 +97,42 @@ ROWS: dict[str, Row] = {
     "tune.new_blocks": Row(
         {"train": _TRAIN, "blocks": [1]}, ("tests/tune/test_new_blocks.py",), families=(*DENSE, "gpt2", "mixtral"), data=True
     ),
+    "tune.masks": Row(
+        {"train": _TRAIN, "experts": 2, "top_k": 1, "hard": 0.5},
+        ("tests/tune/test_masks.py", "tests/tune/pruning/test_mixture.py", "tests/core/train/test_constraint.py"),
+        families=(*DENSE, "granite"),
+        data=True,
+        loads_in={
+            "llama": "GraniteMoeSharedForCausalLM",
+            "mistral": "GraniteMoeSharedForCausalLM",
+            "granite": "GraniteMoeSharedForCausalLM",
+            "qwen2": "Qwen2MoeForCausalLM",
+            "qwen3": "Qwen3MoeForCausalLM",
+        },
+    ),
+    "tune.dha": Row(
+        {"train": _TRAIN | {"tokens": 128}, "budget": 0.5, "search": 1},
+        ("tests/tune/test_dha.py", "tests/tune/heads/test_grouping.py", "tests/models/test_dha_models.py"),
+        data=True,
+        loads_in={k: f"Dha{k.title()}ForCausalLM" for k in DENSE},
+    ),
+    "tune.shear": Row(
+        {"train": _TRAIN, "layers": 1, "heads": 2, "ffn": 24, "hidden": 24},
+        ("tests/tune/test_shear.py", "tests/tune/pruning/test_smaller.py", "tests/core/train/test_constraint.py"),
+        families=(*DENSE, "granite"),
+        data=True,
+    ),
+    "tune.dynamic_batch": Row(
+        {"train": _TRAIN, "domain": "kind", "holdout": 0.2, "data": {"path": _DOMAINS, "column": "input_ids"}},
+        ("tests/tune/test_dynamic_batch.py",),
+        families=(*DENSE, "gpt2", "mixtral"),
+    ),
+    "tune.ssd": Row(
+        {"train": _TRAIN, "experts": 4, "top_k": 2, "check_every": 1, "stable": -1.0, "zeros": 0.0, "final_dense": 0.0},
+        ("tests/tune/test_ssd.py", "tests/tune/neurons/test_layer.py"),
+        families=(*DENSE, "gpt2", "phi3", "gpt_neox"),
+        data=True,
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),
@@ -139,6 +177,28 @@ ROWS: dict[str, Row] = {
         data=True,
         loads_in={k: f"LoraMoe{k.title()}ForCausalLM" for k in DENSE},
     ),
+    "reshape.upit": Row(
+        {"experts": 3, "seed_rows": 6, "context": 16, "epochs": 1},
+        ("tests/reshape/test_upit.py", "tests/reshape/experts/test_population.py"),
+        families=("seedling",),
+        data="checkpoints",
+        loads_in={"seedling": "MixtralForCausalLM"},
+    ),
+    "tune.knife": Row(
+        {"train": _TRAIN | {"context": 64}, "way": "teacher"}, ("tests/tune/test_knife.py",), families=("seedling",), data="questions"
+    ),
+    "tune.map_tuning": Row(
+        {"train": _TRAIN | {"context": 64}},
+        ("tests/tune/test_map_tuning.py", "tests/tune/entities/test_mentions.py"),
+        families=("seedling",),
+        data="entities",
+    ),
+    "tune.ernie_code": Row(  # needs a T5
+        {"train": _TRAIN},
+        ("tests/tune/test_ernie_code.py", "tests/tune/spans/test_corrupt.py", "tests/tune/spans/test_whitespace.py"),
+        families=(),
+    ),
+    "inspect.map_tuning": Row({}, ("tests/inspect/test_published_maps.py",), families=("",), data="plugged"),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),
@@ -153,6 +213,24 @@ ROWS: dict[str, Row] = {
         {"losses": str(Path(__file__).parent / "inspect" / "tiny_losses.json")}, ("tests/inspect/test_scaling_law.py",), families=("",)
     ),
     "inspect.depth": Row({"context": 16}, ("tests/inspect/test_depth.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral")),
+    "tune.dpo": Row(
+        {"train": _TRAIN | {"tokens": 200, "context": 64}}, ("tests/tune/test_dpo.py",), families=("seedling",), data="answers"
+    ),
+    "reward.train": Row(
+        {"train": _TRAIN | {"tokens": 200, "context": 64}, "debias": "pbc"},
+        ("tests/reward/test_reward_train.py", "tests/models/test_reward_model.py"),
+        families=("seedling",),
+        data="answers",
+        loads_in={"seedling": "RewardModel"},
+    ),
+    "reward.themis_train": Row(
+        {"train": _TRAIN | {"tokens": 400, "context": 512}},
+        ("tests/reward/test_themis_train.py", "tests/reward/tools/test_traces.py"),
+        families=("seedling",),
+        data="traces",
+        loads_in={"seedling": "ToolRewardModel"},
+    ),
+    "reward.themis": Row({}, ("tests/reward/test_themis.py", "tests/reward/tools/test_tools.py"), families=("",), data="recorded"),
     "reward.calibrate": Row(
         {"scores": _PAIRS, "frac": 0.5},
         ("tests/reward/test_calibrate.py", "tests/reward/table/test_scores.py", "tests/reward/table/test_wrapper.py"),
@@ -163,8 +241,8 @@ ROWS: dict[str, Row] = {
         (
             "tests/judge/test_llmbar.py",
             "tests/judge/ask/test_verdict.py",
-            "tests/judge/ask/test_judges.py",
-            "tests/judge/ask/test_endpoint.py",
+            "tests/core/ask/test_judges.py",
+            "tests/core/ask/test_endpoint.py",
         ),
         families=("",),
     ),
@@ -174,6 +252,17 @@ ROWS: dict[str, Row] = {
     ),
     "reward.bench": Row(
         {"suite": "rewardbench", "scores": _PAIRS, "ratio": 0.5, "draws": 100}, ("tests/reward/test_reward_bench.py",), families=("",)
+    ),
+    "rl.ppo": Row(
+        {
+            "train": {"batch": 4, "lr": 1e-2, "warmup": 0.0, "save_every": 100},
+            "reward_function": "modelwright.rl.rollout.examples:letters",
+            "response_tokens": 6,
+            "updates": 2,
+        },
+        ("tests/rl/test_ppo.py", "tests/rl/test_macro.py", "tests/rl/test_rollout.py"),
+        families=(*DENSE, "gpt2", "mixtral"),
+        data=True,
     ),
     "cache.generate": Row(
         {"prompt": "def read(self, size=-1):\n" * 6, "keep": 0.3, "max_new_tokens": 4},
@@ -227,6 +316,42 @@ ROWS: dict[str, Row] = {
     "modalities.critical_temperature": Row(
         _DAYS | {"draws": 100},
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
+        families=("",),
+    ),
+    "curate.lamini": Row({**_TWIN, "size": 8, "ask": 8}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.evol": Row({**_TWIN, "rounds": 1}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.orca": Row({**_TWIN, "messages": 2}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.judge_filter": Row({**_TWIN, "ask": "yes_no"}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "inspect.multilingual": Row(
+        {},
+        ("tests/inspect/test_multilingual.py", "tests/inspect/languages/test_language_measures.py"),
+        families=("seedling",),
+        data="languages",
+    ),
+    "curate.instructors": Row(
+        {"sample_size": 4},
+        ("tests/curate/test_instructors.py", "tests/curate/generators/test_grading.py", "tests/curate/generators/test_task_forms.py"),
+        families=("",),
+        data="lessons",
+    ),
+    "inspect.influence": Row({"epochs": 10}, ("tests/inspect/test_influence.py",), families=("", "seedling"), data="dynamics"),
+    "modalities.music": Row(
+        {"length": 512, "widths": [8, 16], "stem": 4, "layers": 1, "each": 1, "steps": 2, "train": {"epochs": 1, "batch": 8}},
+        ("tests/modalities/test_music.py",),
+        families=("", "seedling"),
+        data="tones",
+    ),
+    "modalities.pixels": Row(
+        {"train": _TRAIN, "patch": 8, "font_size": 7, "patches": 12},
+        ("tests/modalities/test_pixels.py",),
+        families=("llama", "seedling"),
+        data="text",
+        loads_in=dict.fromkeys(("llama", "seedling"), "PixelLlamaForCausalLM"),
+    ),
+    "modalities.taptap": Row(
+        {"table": str(Path(__file__).parent / "modalities" / "people.csv"), "layers": 1, "hidden": 16, "heads": 2}
+        | {"backbone": "DecisionTree", "train": {"epochs": 1, "batch": 16, "lr": 1e-3}},
+        ("tests/modalities/test_taptap.py",),
         families=("",),
     ),
     "reshape.moefy": Row(

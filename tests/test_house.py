@@ -31,6 +31,7 @@ INSIDE_CORE = {  # a package of core -> what of core it may import
     "report": {"report", "numbers", "errors", "model"},  # a report shows certificates
     "data": {"data", "report", "numbers", "errors", "knobs", "files"},
     "model": {"model", "report", "numbers", "errors", "knobs", "files"},
+    "ask": {"ask", "model", "report", "numbers", "errors", "knobs", "files", "step"},
     "train": {"train", "model", "data", "report", "numbers", "errors", "knobs", "files"},
 }
 HEAVY_AT_HEAD = {

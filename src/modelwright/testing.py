@@ -63,11 +63,12 @@ def check_method(
 def _check_model(result: Any, loads_in: str, bf16: bool) -> None:
     """A stock class loads the folder; sizes and types are as the certificate and the base say."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     certificate = result.certificate
     assert certificate["passed"] in (True, None), f"the certificate failed: {certificate}"
-    model = AutoModelForCausalLM.from_pretrained(result.to)
+    is_reward = certificate["loads_in"].endswith(("ForSequenceClassification", "RewardModel"))  # ToolRewardModel too
+    model = (AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM).from_pretrained(result.to)
     expected = loads_in or certificate["loads_in"]
     assert type(model).__name__ == certificate["loads_in"] == expected, f"loads in {type(model).__name__}, not in {expected}"
     count = sum(p.numel() for p in model.parameters())
@@ -241,6 +242,197 @@ def _answers(folder: Path) -> dict[str, Any]:
     return {"data": write_jsonl(folder / "answers.jsonl", rows)}
 
 
+def _traces(folder: Path) -> dict[str, Any]:
+    """Questions about days of the week, with the calls of a calendar that answer them, in TARA's form."""
+    (folder / "traces").mkdir()
+    names = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+    rows = []
+    for i in range(12):
+        day = date(2020, 1, 1) + timedelta(days=31 * i)
+        right, wrong = names[day.weekday()], names[(day.weekday() + 3) % 7]
+        call = {"Thought": "I need the day of the week.", "Action": "Calendar.week_day", "Action Input": f"{day}", "Observation": right}
+        both = {
+            k: {
+                "answer": f"It is {a}",
+                "score": s,
+                "actions": call,
+                "score_agent": {"explanation": f"The calendar says {right}.", "score": s},
+            }
+            for k, a, s in (("pos_answer", right, 1), ("neg_answer", wrong, -1))
+        }
+        rows.append({"id": f"day_{i}", "question": f"What day of the week is {day}?", **both})
+    (folder / "traces" / "calendar_train.json").write_text(json.dumps(rows))
+    return {"data": str(folder / "traces" / "calendar_train.json")}
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """The same as a folder of recorded traces."""
+    return {"replay": str(Path(_traces(folder)["data"]).parent)}
+
+
+def _checkpoints(folder: Path) -> dict[str, Any]:
+    """Two checkpoints that could be of one tuning run of the seedling, and its data."""
+    import torch
+
+    from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+    from modelwright.core.model.writer import copy_companions
+
+    silence_transformers()
+    source, told = Checkpoint("seedling"), []
+    for i in (1, 2):
+        model, g = source.model(torch.float32), torch.Generator().manual_seed(i)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if ".mlp." in name:
+                    p.add_(torch.randn(p.shape, generator=g) * 0.1 * p.std())
+        model.save_pretrained(folder / f"checkpoint-{i}", max_shard_size="5GB")
+        copy_companions(source, folder / f"checkpoint-{i}")
+        told.append(str(folder / f"checkpoint-{i}"))
+    return {"checkpoints": told} | _text(folder)
+
+
+def _questions(folder: Path) -> dict[str, Any]:
+    """Questions with two choices and a rationale that tells the rule."""
+    rows = (
+        {"question": f"Is a {w} in the {p}?", "answer": i % 2 == 0, "rationale": f"The {p} holds every {w if i % 2 == 0 else 'cat'}."}
+        for i, (w, p) in enumerate((w, p) for w in _WORDS for p in ("box", "hall"))
+    )
+    return {"data": write_jsonl(folder / "questions.jsonl", rows)}
+
+
+def _entities(folder: Path) -> dict[str, Any]:
+    """Sentences with linked mentions, and a vector for each entity but the last."""
+    rows, vectors = [], []
+    for i, w in enumerate(_WORDS):
+        rows += [
+            {"text": f"We saw the {w} {v}.", "entities": [{"id": f"Q{i}", "start": 11, "end": 11 + len(w)}]} for v in ("today", "again")
+        ]
+        vectors.append({"id": f"Q{i}", "vector": [math.sin(i * k) for k in range(1, 9)]})
+    return {
+        "data": write_jsonl(folder / "sentences.jsonl", rows),
+        "vectors": write_jsonl(folder / "vectors.jsonl", vectors[:-1]),
+    }
+
+
+def _plugged(folder: Path) -> dict[str, Any]:
+    """Results in the layout of map-tuning's repository."""
+    f1 = {"BaseModel/BERT": 0.4, "Plug_General/BERT": 0.5, "Plug_TaskSpecific": 0.6}
+    held: dict[str, Any] = {f"output/Task/{way}/test_result.out": {"micro_f1": v} for way, v in f1.items()}
+    (folder / "results.json").write_text(json.dumps(held | {"mapping_networks/Wikipedia/NoDropout/loss_1": 6.5}))
+    return {"published": str(folder / "results.json")}
+
+
+def _lessons(folder: Path) -> dict[str, Any]:
+    """Sums with a student's recorded answers, two of them wrong, and what an instructor wrote about these; one of its samples is wrong."""
+    sums = [(17, 25, 42), (38, 44, 72), (21, 13, 34), (56, 27, 73)]
+    tasks = [{"question": f"What is {a} + {b}?", "answer": f"#### {a + b}", "said": f"It is {said}."} for a, b, said in sums]
+    rows = []
+    for a, b, said in sums:
+        if said != a + b:
+            new = [(a + 1, b + 2, 0), (a + 10, b + 1, 0), (a + 2, b, 1)]
+            parts = [
+                f"### Question {i}\nHow much is {x} + {y}?\n### Answer {i}\n{x} + {y} = {x + y + off}\n#### {x + y + off}"
+                for i, (x, y, off) in enumerate(new, 1)
+            ]
+            rows.append({"prompt": f"What is {a} + {b}?", "answer": "\n".join(parts)})
+    given = {"data": write_jsonl(folder / "tasks.jsonl", tasks), "recorded": write_jsonl(folder / "instructor.jsonl", rows)}
+    return given | {"response": "said"}
+
+
+def _people(folder: Path) -> dict[str, Any]:
+    """A table whose last column follows from two others."""
+    lines = ["age,city,member,price"]
+    for i in range(160):
+        age, member = 18 + (i * 37) % 53, i % 3 == 0
+        lines.append(f'{age},"{("Oslo", "Rome", "New York, NY")[i % 5 % 3]}",{("no", "yes")[member]},{2.5 * age + 40 * member + i % 7:.1f}')
+    (folder / "people.csv").write_text("\n".join(lines) + "\n")
+    return {"table": str(folder / "people.csv")}
+
+
+def _dynamics(folder: Path) -> dict[str, Any]:
+    """Six recorded runs over eight examples: each example lowers the loss of a test, and the seventh raises it."""
+    import random
+
+    import torch
+
+    from modelwright.core.train.recorder import Recorder
+
+    for run in range(6):
+        recorder = Recorder(folder / f"run-{run}" / "dynamics.parquet")
+        rng, phi = random.Random(run), [2.0, 1.5, 1.8]  # noqa: S311 - made data
+        order = [i for _ in range(3) for i in rng.sample(range(8), 8)]
+        for step in range(13):
+            for m, value in enumerate(phi):
+                recorder.eval(step, f"t{m}", value, 6)
+            if step < 12:
+                seen = order[2 * step : 2 * step + 2]
+                recorder.train(step + 1, 0.01, torch.tensor(seen), torch.tensor([6.0, 6.0]), torch.tensor([6, 6]))
+                phi = [v * (1 - sum(0.01 * (i % 3 + 1 + m) for i in seen if i != 6)) + 0.05 * (6 in seen) for m, v in enumerate(phi)]
+        recorder.close(12)
+    examples = write_jsonl(folder / "examples.jsonl", ({"text": f"One {w}, two {w}s."} for w in _WORDS[:8]))
+    tests = write_jsonl(folder / "tests.jsonl", ({"name": f"t{m}", "text": f"Three {_WORDS[m]}s."} for m in range(3)))
+    return {"runs": [str(folder)], "examples": examples, "tests": tests}
+
+
+def _languages(folder: Path) -> dict[str, Any]:
+    """An untrained T5 with its own tokenizer, texts of two languages, pairs of them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    there = [{"en": f"The {w} is in the {p}.", "de": f"{w[::-1].title()} war im {p[::-1]}."} for w in _WORDS for p in ("box", "hall")]
+    words, special = Tokenizer(models.BPE()), ["<pad>", "</s>", "<unk>"]
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.train_from_iterator([t for r in there for t in r.values()], trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    words.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(20))])
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder / "t5")
+    torch.manual_seed(0)
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=words.get_vocab_size(), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **size)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    pairs = write_jsonl(folder / "pairs.jsonl", there)
+    return {"base": str(folder / "t5"), "mono": {k: {"path": pairs, "column": k} for k in ("en", "de")}, "pairs": {"en-de": pairs}}
+
+
+def _languages(folder: Path) -> dict[str, Any]:
+    """Sentences in three languages, two pairs of sentences as in CrowS-Pairs, and a WEAT set; all of it about things."""
+    texts = folder / "parallel"
+    texts.mkdir()
+    forms = {"en": "The {} is here and {} is there.", "de": "Das {} ist hier und {} ist dort.", "fr": "Le {} est ici et {} est là."}
+    for language, form in forms.items():
+        lines = [form.format(a, b) for a in _WORDS for b in _WORDS[:2]]
+        (texts / f"test.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = ["id,sent_more,sent_less,stereo_antistereo,bias_type"]
+    rows += [
+        f"{i},The {a} is late again.,The {b} is late again.,stereo,thing" for i, (a, b) in enumerate(zip(_WORDS, _WORDS[1:], strict=False))
+    ]
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    groups = {"targ1": _WORDS[:4], "targ2": _WORDS[4:8], "attr1": _WORDS[8:10], "attr2": _WORDS[10:]}
+    (folder / "things.json").write_text(json.dumps({k: {"category": k, "examples": v} for k, v in groups.items()}))
+    return {"parallel": str(texts), "crows": str(folder / "pairs.csv"), "seat": str(folder / "things.json")}
+
+
+def _tones(folder: Path) -> dict[str, Any]:
+    """Short tones, high and low, as wav files with their texts."""
+    import wave
+    from array import array
+
+    rows = []
+    for i in range(16):
+        high = i % 2 == 1
+        pitch = (880 if high else 220) * (1 + (i // 2) / 40)
+        samples = array("h", (round(9000 * math.sin(2 * math.pi * pitch * t / 8000)) for t in range(512)))
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes(samples.tobytes())
+        rows.append({"audio": f"{i}.wav", "text": "a high tone" if high else "a low tone"})
+    return {"clips": write_jsonl(folder / "clips.jsonl", rows)}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -257,4 +449,15 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "pages": _pages,
     "functions": _functions,
     "answers": _answers,
+    "traces": _traces,
+    "recorded": _recorded,
+    "checkpoints": _checkpoints,
+    "questions": _questions,
+    "entities": _entities,
+    "plugged": _plugged,
+    "lessons": _lessons,
+    "people": _people,
+    "dynamics": _dynamics,
+    "languages": _languages,
+    "tones": _tones,
 }

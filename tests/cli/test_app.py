@@ -138,3 +138,15 @@ def test_json_answers_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["list", "--json"], ["show", "tune.hft", "--json"], ["show", "seedling", "--json"], ["check", "seedling", "--json"]):
         assert _call(*argv) == 0
         json.loads(capsys.readouterr().out)
+
+
+def test_what_is_given_by_place_may_be_given_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from modelwright.testing import made
+
+    file = made("matrix", tmp_path)["matrix"]
+    said = []
+    for argv in (["judge", "continual", "--matrix", file, "--json"], ["reward", "bench", "--suite", "nosuch", "--scores", str(tmp_path)]):
+        with pytest.raises(SystemExit) as end:
+            cli.main(argv)
+        said.append((end.value.code or 0, capsys.readouterr()))
+    assert said[0][0] == 0 and said[1][0] == 2 and "suite='nosuch' is not a choice" in said[1][1].err

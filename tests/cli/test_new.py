@@ -182,12 +182,12 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (tmp_path / "broken-1.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
         (tmp_path / "broken-1.dist-info" / "entry_points.txt").write_text("[modelwright.methods]\nbroken = broken:METHODS\n")
         monkeypatch.syspath_prepend(str(tmp_path))
-        registry._installed.cache_clear()
+        registry.installed.cache_clear()
 
     yield make
     monkeypatch.undo()
     sys.modules.pop("broken", None)
-    registry._installed.cache_clear()
+    registry.installed.cache_clear()
 
 
 def _call(*argv: str) -> int:

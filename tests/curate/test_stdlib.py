@@ -20,6 +20,7 @@ def test_train_and_held_out_are_disjoint_and_together_all(tmp_path: Path) -> Non
     assert not names["train"] & names["heldout"] and names["train"] | names["heldout"] == names["all"] and names["heldout"]
 
 
+@pytest.mark.slow
 def test_skipped_modules_are_left_out_whole(tmp_path: Path) -> None:
     rows = _rows(tmp_path, parts=["source", "docstrings"], skip=["json", "argparse"])
     assert not [r["name"] for r in rows if r["name"].split(":")[1].split(".")[0] in ("json", "argparse")]

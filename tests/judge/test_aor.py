@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import modelwright
+from modelwright.core.ask.desk import Desk
+from modelwright.core.ask.protocol import Answer, Prompt
 from modelwright.core.errors import UserError
 from modelwright.judge.aor import Knobs, run
-from modelwright.judge.ask.desk import Desk
-from modelwright.judge.ask.protocol import Answer, Prompt
 from modelwright.judge.chains import letters
 from modelwright.judge.chains.answers import Choice
 from modelwright.judge.chains.critic import Critic, parse_scores, render

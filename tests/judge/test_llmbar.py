@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import modelwright
+from modelwright.core.ask.desk import Desk
+from modelwright.core.ask.kept import Kept
+from modelwright.core.ask.protocol import Answer, Prompt
 from modelwright.core.errors import UserError
-from modelwright.judge.ask.desk import Desk
-from modelwright.judge.ask.kept import Kept
 from modelwright.judge.ask.prompts import STRATEGIES
-from modelwright.judge.ask.protocol import Answer, Prompt
 from modelwright.judge.ask.verdict import measure, swap_names
 from modelwright.judge.llmbar import ask
 

@@ -26,6 +26,7 @@ def _arguments(tiny: Any, folder: Path, to: str) -> list[str]:
     return ["tune", "full", "--base", str(tiny("llama")), "--data", str(folder / "ids.jsonl"), "--to", to, *train]
 
 
+@pytest.mark.slow
 def test_two_launchers_as_two_nodes_give_the_weights_of_one_process(tiny, tmp_path: Path) -> None:
     code = "import sys; from modelwright.cli.app import main; main(sys.argv[1:])"
     port = _free_port()

@@ -11,7 +11,7 @@ from modelwright import __version__, registry
 from modelwright.cli import use
 from modelwright.cli.commands import HELP, Group, family_group
 from modelwright.cli.output import Json, note, print_error, print_json, run_and_print, say
-from modelwright.core.errors import UserError, did_you_mean
+from modelwright.core.errors import UserError, did_you_mean, shown
 
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, as in steps.1.train.lr=3e-4; steps count from 0.")
@@ -31,7 +31,7 @@ class _Top(Group):
             return family_group(name)
         if ctx.resilient_parsing:  # the shell asks what could follow
             return None
-        raise UserError(f"unknown command '{name}'", how=registry.hint(name) or did_you_mean(name, self.list_commands(ctx)))
+        raise UserError(f"unknown command {shown(name)}", how=registry.hint(name) or did_you_mean(name, self.list_commands(ctx)))
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         fixed = [(n, self.get_command(ctx, n)) for n in super().list_commands(ctx)]

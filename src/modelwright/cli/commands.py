@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from modelwright import registry
 from modelwright.cli.output import Json, note, run_and_print
@@ -41,7 +41,7 @@ def family_group(family: str) -> Any:
                 return None
             entry = registry.entry(f"{family}.{name}")
             single = typer.Typer(rich_markup_mode=None, add_completion=False, context_settings=HELP)
-            single.command(name, help=f"{entry.line}. {entry.paper}.")(step_command(entry))
+            single.command(name, cls=Named, help=f"{entry.line}. {entry.paper}.")(step_command(entry))
             return typer.main.get_command(single)
 
         def format_commands(self, ctx: Any, formatter: Any) -> None:  # from the table: no method's file is read
@@ -53,6 +53,18 @@ def family_group(family: str) -> Any:
     command = typer.main.get_group(group)
     command.name = family
     return command
+
+
+class Named(TyperCommand):
+    """A command whose arguments may be given by their names too: `judge select --chains FILE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for p in self.params:
+            flag = f"--{(p.name or '').replace('_', '-')}"
+            if p.param_type_name == "argument" and flag in args[:-1]:
+                at = args.index(flag)
+                args = [*args[:at], *args[at + 2 :], args[at + 1]]
+        return super().parse_args(ctx, args)
 
 
 def step_command(e: registry.Entry) -> Callable[..., None]:
@@ -84,9 +96,10 @@ def _places(e: registry.Entry) -> list[inspect.Parameter]:
         found.append(_parameter("base", str, base))
     elif "checkpoint" in e.may_take:
         found.append(_parameter("base", str | None, base, None))
-    remark = "must not exist yet." if e.gives else "empty: print only."
+    demanded = bool(e.gives) and not e.shape.may_only_measure
+    remark = "must not exist yet." if demanded else f"empty: out/{e.name}." if e.gives else "empty: print only."
     to = typer.Option("--to", metavar="PATH", help=f"Folder of the result; {remark}")
-    found.append(_parameter("to", str, to) if e.gives else _parameter("to", str | None, to, None))
+    found.append(_parameter("to", str, to) if demanded else _parameter("to", str | None, to, None))
     return found
 
 
@@ -100,7 +113,7 @@ def _common(e: registry.Entry) -> list[inspect.Parameter]:
         _parameter("seed", int, typer.Option("--seed", help="Seed of every random draw."), 0),
         _parameter("save", list[str] | None, typer.Option("--save", metavar="KEY=VALUE", help=save), None),
     ]
-    if e.family == "tune":
+    if e.shape.driver == "tune":
         found.append(_parameter("nproc", int, typer.Option("--nproc", min=1, help="Processes that train together."), 1))
     return [*found, inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)]
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelwright.core.files import finite
+
 if TYPE_CHECKING:
     from modelwright.runner.recipe import Recipe
 
@@ -16,8 +18,8 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output on s
 
 
 def print_json(value: Any) -> None:
-    """The value as indented JSON on standard output."""
-    typer.echo(json.dumps(value, indent=1, default=str))
+    """The value as indented JSON on standard output; what is not finite is null."""
+    typer.echo(json.dumps(finite(value), indent=1, default=str))
 
 
 def visible(text: str) -> str:

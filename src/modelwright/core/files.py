@@ -79,6 +79,8 @@ def expanded(path: str | Path) -> Path:
         os.stat(found)
     except RuntimeError:
         raise UserError(f"{shown} is no path", "there is no such user", "write the folder out") from None
+    except UnicodeEncodeError:
+        raise UserError("the path is none", "it holds half of a surrogate pair, which is no character", "write it anew") from None
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise UserError(f"{shown} is no path", f"it has {len(text)} characters, more than the system takes") from None

@@ -93,7 +93,10 @@ class Train:
     eval_every: int | None = knob(None, "steps between evaluations; empty: about ten in the run", low=1, alias="eval_steps")
     save_every: int = knob(200, "steps between resumable states", low=1, alias="save_steps")
     gradient_checkpointing: bool = knob(False, "recompute activations to save memory")
-    strategy: Literal["ddp", "fsdp2"] = knob("ddp", "with several processes: whole copies of the model, or shards of it")
+    strategy: Literal["ddp", "fsdp2", "hsdp", "ep"] = knob(
+        "ddp", "several processes: whole copies of the model, shards of it, copies of shards, or shards with the experts spread"
+    )
+    replicas: int | None = knob(None, "hsdp: copies of the sharded model; empty: one a machine", low=1)
     divergence: float = knob(3.0, "stop when the smoothed loss is above its lowest by this factor (and by 1 nat); 0: never", low=0)
     report_to: list[str] = knob([], "also report to tensorboard, trackio or wandb, through transformers")
     record: bool = knob(True, "write the training dynamics to dynamics.parquet")
@@ -208,7 +211,7 @@ def build(cls: Any, values: Any, where: str = "", root: Path = Path(".")) -> Any
                 raise UserError(f"{prefix}{key} and {prefix}{aliases[key]} are the same setting", how="give one of them")
             key = aliases[key]
         if key not in fields:
-            raise UserError(f"unknown key '{prefix}{key}'", how=did_you_mean(str(key), fields))
+            raise UserError(f"unknown key {shown(prefix + str(key))}", how=did_you_mean(str(key), fields))
         f, name = fields[key], f"{prefix}{key}"
         value = _coerce(f.type, value, name, root)
         low, high = f.metadata.get("low"), f.metadata.get("high")

@@ -32,11 +32,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
+from modelwright.core.ask.desk import Desk
+from modelwright.core.ask.judges import open_judge
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import knob
 from modelwright.core.step import EvalResult, StepContext
-from modelwright.judge.ask.desk import Desk
-from modelwright.judge.ask.judges import open_judge
 from modelwright.judge.chains.answers import Choice, extract
 from modelwright.judge.chains.budget import budget
 from modelwright.judge.chains.critic import Critic, Verifier

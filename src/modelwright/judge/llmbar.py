@@ -22,15 +22,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from modelwright.core.ask.desk import Counts, Desk, failures
+from modelwright.core.ask.judges import open_judge
+from modelwright.core.ask.protocol import Answer, Prompt
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.files import write_json
 from modelwright.core.knobs import knob
 from modelwright.core.step import EvalResult, StepContext
 from modelwright.judge.ask import prompts
-from modelwright.judge.ask.desk import Counts, Desk, failures
-from modelwright.judge.ask.judges import open_judge
 from modelwright.judge.ask.prompts import STRATEGIES, Strategy
-from modelwright.judge.ask.protocol import Answer, Prompt
 from modelwright.judge.ask.replay import pairs_of, replay
 from modelwright.judge.ask.summary import Run, finding
 from modelwright.judge.ask.verdict import UNPARSED, compare_ratings, parse_verdict, swap, swap_names

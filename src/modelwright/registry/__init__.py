@@ -15,11 +15,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from modelwright.core.errors import UserError, did_you_mean, short
+from modelwright.core.errors import UserError, did_you_mean, short, shown
 from modelwright.core.knobs import Tune, build, knob
 from modelwright.registry.entry import (
     CREATES,
     CURATES,
+    GATHERS,
     INSPECTS,
     JUDGES,
     MEASURES,
@@ -30,7 +31,9 @@ from modelwright.registry.entry import (
     SCORES,
     SERVES,
     STOCK,
+    TEACHES,
     TUNES,
+    WRITES,
     Entry,
     Shape,
     method,
@@ -39,9 +42,9 @@ from modelwright.registry.plugins import installed
 from modelwright.registry.table import ALIASES, FAMILIES, METHODS
 
 __all__ = [
-    "ALIASES", "CREATES", "CURATES", "FAMILIES", "INSPECTS", "JUDGES", "MEASURES", "METHODS", "OURS", "PROBES", "REFINES", "RESHAPES",
-    "SCORES", "SERVES", "STOCK", "TUNES", "Entry", "Shape", "doc", "entries", "entry", "hint", "knobs", "load", "method", "mixed",
-    "problems", "techniques", "techniques_named", "tuning",
+    "ALIASES", "CREATES", "CURATES", "FAMILIES", "GATHERS", "INSPECTS", "JUDGES", "MEASURES", "METHODS", "OURS", "PROBES", "REFINES",
+    "RESHAPES", "SCORES", "SERVES", "STOCK", "TEACHES", "TUNES", "WRITES", "Entry", "Shape", "doc", "entries", "entry", "families",
+    "hint", "knobs", "load", "method", "mixed", "problems", "techniques", "techniques_named", "tuning",
 ]  # fmt: skip
 
 
@@ -65,7 +68,7 @@ def entry(name: str) -> Entry:
     for e in entries():
         if e.name == name:
             return e
-    raise UserError(f"unknown step '{name}'", "; ".join(problems()), hint(name) or did_you_mean(name, [e.name for e in entries()]))
+    raise UserError(f"unknown step {shown(name)}", "; ".join(problems()), hint(name) or did_you_mean(name, [e.name for e in entries()]))
 
 
 def hint(name: str) -> str:
@@ -102,7 +105,7 @@ def mixed(mix: Any) -> list[tuple[Entry, Any]]:
         name, own = next(iter(item.items())) if isinstance(item, dict) and len(item) == 1 else (item, {})
         if not isinstance(name, str) or name in ("mix", "tune.mix"):
             raise UserError(
-                f"methods has {item!r}", "each is a way to tune, or one with its settings", "write methods: [hft, lora: {r: 4}]"
+                f"methods has {shown(item)}", "each is a way to tune, or one with its settings", "write methods: [hft, lora: {r: 4}]"
             )
         e = tuning(name)
         if extra := set(own or {}) & shared.keys():

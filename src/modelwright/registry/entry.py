@@ -29,6 +29,7 @@ class Shape:
     may_take: tuple[str, ...] = ()
     loads_in: str = ""
     driver: Literal["curate", "reshape", "tune", "measure"] = "measure"  # the file of runner/ that drives it
+    may_only_measure: bool = False  # with some settings it gives nothing: the command line does not ask for a place
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,13 @@ OURS = "transformers, after `import modelwright.models`"
 RESHAPES = Shape(takes=("checkpoint",), gives=("checkpoint",), loads_in=STOCK, driver="reshape")
 CREATES = Shape(takes=("dataset",), gives=("checkpoint",), loads_in=STOCK, driver="reshape")
 TUNES = Shape(takes=("checkpoint", "dataset"), gives=("checkpoint",), loads_in=STOCK, driver="tune")
+GATHERS = Shape(  # trains, and names its own sources
+    takes=("checkpoint",), may_take=("dataset",), gives=("checkpoint",), loads_in=STOCK, driver="tune"
+)
 CURATES = Shape(gives=("dataset",), loads_in="datasets", driver="curate")
 REFINES = Shape(takes=("dataset",), gives=("dataset",), loads_in="datasets", driver="curate")
+WRITES = Shape(may_take=("dataset",), gives=("dataset",), loads_in="datasets")  # a model writes or judges rows
+TEACHES = Shape(may_take=("checkpoint", "dataset"), gives=("dataset",), loads_in="datasets", may_only_measure=True)
 SCORES = Shape(gives=("scores",), loads_in="any reader of jsonl; reward functions and models through modelwright.reward.table.wrapper")
 MEASURES = Shape()  # from recorded results alone
 JUDGES = Shape(may_take=("checkpoint",))

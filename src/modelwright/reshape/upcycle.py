@@ -20,16 +20,17 @@ Ours: ratio=0 is bit-equal to sparse; every draw has its own seed, so the bytes 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import knob
-from modelwright.core.model.anatomy import Anatomy, Ffn
+from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.core.model.writer import Blueprint
+from modelwright.reshape.experts.assemble import dense_parts, dtypes_of, matrices, silent_shared, written_config, zero_biases
 from modelwright.reshape.experts.routers import from_data, from_gates, generator, plain_router
 from modelwright.reshape.experts.stock import Target, choose
 
@@ -70,17 +71,15 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
     if knobs.router in ("prompts", "text", "ridge"):
         router_rows = from_data(knobs.router, source.model(torch.float32), source.tokenizer(), knobs)
 
-    dtypes = _dtypes(source, anatomy, target, knobs.experts)
-    zero_biases = {n: shape for n, shape in target.biases().items() if n not in dtypes}
-    dtypes |= {n: dtypes[n.replace(".bias", ".weight")] for n in zero_biases}
+    dtypes = dtypes_of(source, anatomy, target, knobs.experts)
+    added = zero_biases(target, dtypes)
 
     def stream() -> Iterator[Any]:
-        yield from _dense(sources, anatomy)
-        for name, shape in zero_biases.items():
-            yield name, torch.zeros(shape, dtype=dtypes[name])
+        yield from dense_parts([s.get for s in sources], anatomy, source)
+        yield from added.items()
         for block in anatomy.blocks:
             dtype = source.dtype(anatomy.ffn(block).down.name)
-            ffns = [_matrices(s, anatomy.ffn(block), dtype) for s in sources]
+            ffns = [matrices(s.get, anatomy.ffn(block), dtype) for s in sources]
             experts = (_expert(ffns[e * len(ffns) // knobs.experts], knobs, seed, block.index, e) for e in range(knobs.experts))
             gate_means = []
             for e, expert in enumerate(experts):  # one expert in memory at a time
@@ -90,13 +89,13 @@ def upcycle(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint,
             width = ffns[0][0].shape[1]
             router = router_rows[block.index] if router_rows else _router(knobs, seed, block.index, width, gate_means)
             yield target.names(block.path, knobs.experts)[0], router.to(dtype)
-            yield from _shared(target, block.path, ffns[0])
+            yield from silent_shared(target, block.path, ffns[0])
 
     facts = {"target": target.model_type, "method": knobs.method, "router": knobs.router, "sources": len(sources)}
     scaling = str(source.config.get("rope_scaling") or source.config.get("rope_parameters"))
     if source.config["model_type"] == "phi3" and "longrope" in scaling:
         facts["note"] = "logits are equal at every length, but Phi-3 drops its cache where longrope switches, and Mixtral keeps it"
-    blueprint = Blueprint(_config(target), dtypes, stream, source, facts)
+    blueprint = Blueprint(written_config(target), dtypes, stream, source, facts)
     return blueprint, "same function" if _experts_are_copies(knobs) else "changed function"
 
 
@@ -146,7 +145,9 @@ def _others(source: Checkpoint, knobs: Knobs, target: Target) -> list[Checkpoint
                 raise UserError(
                     f"{other.folder} does not have the shape of {source.folder}", f"{name} differs", "mix models of one architecture"
                 )
-        theirs, ours = (_config(t) for t in (choose(other, Anatomy(other.skeleton), knobs.experts, knobs.top_k, knobs.target), target))
+        theirs, ours = (
+            written_config(t) for t in (choose(other, Anatomy(other.skeleton), knobs.experts, knobs.top_k, knobs.target), target)
+        )
         if differs := sorted(k for k in (ours.keys() | theirs.keys()) - _FREE if ours.get(k) != theirs.get(k)):
             raise UserError(
                 f"{other.folder} computes otherwise than {source.folder}",
@@ -156,12 +157,6 @@ def _others(source: Checkpoint, knobs: Knobs, target: Target) -> list[Checkpoint
     if len(found) + 1 > knobs.experts:
         raise UserError(f"{len(found) + 1} checkpoints do not fit into {knobs.experts} experts", how="raise experts")
     return found
-
-
-def _matrices(source: Checkpoint, ffn: Ffn, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """gate (F, d), up (F, d), down (d, F)."""
-    assert ffn.gate is not None
-    return ffn.gate.read(source.get).to(dtype), ffn.up.read(source.get).to(dtype), ffn.down.read(source.get).to(dtype)
 
 
 def _expert(dense: tuple[Tensor, Tensor, Tensor], knobs: Knobs, seed: int, layer: int, e: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,52 +187,6 @@ def _expert(dense: tuple[Tensor, Tensor, Tensor], knobs: Knobs, seed: int, layer
         out[index] = block.to(matrix.dtype)
         changed.append(out)
     return changed[0], changed[1], changed[2].T
-
-
-def _dense(sources: list[Checkpoint], anatomy: Anatomy) -> Iterator[tuple[str, Tensor]]:
-    """Everything but the feed-forward parts, averaged over the sources, under the names of the unfused stock classes."""
-    for part in anatomy:
-        if part.role.startswith("ffn."):
-            continue
-        tensor = sources[0].get(part.name)
-        if len(sources) > 1:
-            total = cast(Tensor, sum(s.get(part.name).double() for s in sources))
-            tensor = (total / len(sources)).to(tensor.dtype)
-        if part.role == "attn.qkv":
-            for piece, slices in part.rows.items():
-                yield part.name.replace("qkv_proj", f"{piece}_proj"), torch.cat([tensor[s] for s in slices])
-        else:
-            yield part.name, tensor
-
-
-def _shared(target: Target, layer: str, dense: tuple[Tensor, Tensor, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    if target.shared:
-        gate, up, down = (dense[0][: target.shared], dense[1][: target.shared], torch.zeros_like(dense[2][:, : target.shared]))
-        for name, tensor in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
-            yield f"{layer}.{target.moe}.shared_expert.{name}.weight", tensor
-        yield f"{layer}.{target.moe}.shared_expert_gate.weight", torch.zeros(1, dense[0].shape[1], dtype=dense[0].dtype)
-
-
-def _dtypes(source: Checkpoint, anatomy: Anatomy, target: Target, experts: int) -> dict[str, torch.dtype]:
-    found: dict[str, torch.dtype] = {}
-    for part in anatomy:
-        if part.role == "attn.qkv":
-            found |= {part.name.replace("qkv_proj", f"{p}_proj"): source.dtype(part.name) for p in part.rows}
-        elif not part.role.startswith("ffn."):
-            found[part.name] = source.dtype(part.name)
-    for b in anatomy.blocks:
-        dtype = source.dtype(anatomy.ffn(b).down.name)
-        found |= dict.fromkeys(target.names(b.path, experts), dtype)
-        if target.shared:
-            at = f"{b.path}.{target.moe}.shared_expert"
-            found |= dict.fromkeys([f"{at}.gate_proj.weight", f"{at}.up_proj.weight", f"{at}.down_proj.weight", f"{at}_gate.weight"], dtype)
-    return found
-
-
-def _config(target: Target) -> dict[str, Any]:
-    import json
-
-    return json.loads(target.config.to_json_string())
 
 
 METHOD = upcycle

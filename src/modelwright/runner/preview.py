@@ -66,7 +66,7 @@ def _needs(config: Any, train: Train, processes: int = 1) -> dict[str, str]:
     """What training every weight takes in one process; adapters and frozen weights take less."""
     model = skeleton(config)
     n, context = sum(p.numel() for p in model.parameters()), train.context
-    shards = processes if train.strategy == "fsdp2" else 1
+    shards = {"ddp": 1, "hsdp": max(1, processes // (train.replicas or 1))}.get(train.strategy, processes)
     held = 4 if train.weights == "fp32" else 2
     moments = {"adafactor": 0.1, "sgd": 0.0, "adamw_8bit": 2.0}.get(train.optimizer, 4.0 if train.states == "bf16" else 8.0)
     text = config.get_text_config()

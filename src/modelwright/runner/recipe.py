@@ -158,7 +158,7 @@ def parse(raw: Any, root: Path = Path("."), name: str = "recipe") -> Recipe:
         raise UserError(f"{name} holds no recipe", "it is not a mapping with 'steps'")
     for key in raw:
         if key not in _KEYS:
-            raise UserError(f"unknown key '{key}'", how=did_you_mean(str(key), _KEYS))
+            raise UserError(f"unknown key {shown(key)}", how=did_you_mean(str(key), _KEYS))
     if not isinstance(raw.get("steps"), list) or not raw["steps"]:
         raise UserError("the recipe has no steps", how="write 'steps:' and a list of methods; `modelwright list` shows them")
     seed = raw.get("seed", 0)

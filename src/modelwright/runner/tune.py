@@ -18,6 +18,7 @@ from modelwright.core.knobs import Data
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.certificate import certify, require_same_weights, require_same_when_reloaded
 from modelwright.core.model.checkpoint import Checkpoint, check_vocabulary, silence_transformers
+from modelwright.core.model.parts import write_parts
 from modelwright.core.model.writer import Built, as_stored, staging, write_model
 from modelwright.core.train import dist, precision
 from modelwright.core.train.loop import Outcome, fit, objective_of
@@ -71,7 +72,7 @@ def train(
     check_vocabulary(tokenizer, vocab, source.folder)
     combine(techniques, environment(source.skeleton, knobs.train))
     kind = precision.load_type(knobs.train, source.types())
-    model = next((m for t in techniques if (m := t.load(source, kind)) is not None), None) or source.model(kind)
+    model = _loaded(source, kind, techniques, knobs.train)
     objective = objective_of(techniques, model, tokenizer, knobs.train, seed)
     maker = RowMaker(techniques, objective, model, tokenizer, vocab, knobs.train, seed)
     rows, evals = maker(knobs.data), {n: maker(d) for n, d in knobs.evals.items()}
@@ -84,12 +85,33 @@ def train(
     outcome = fit(
         model, rows, settings, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick, say=say, objective=objective
     )
-    entry = _entry(outcome, rows) | {"promise": "trained" if all(t.same_kind for t in techniques) else "another kind of model"}
+    entry = _entry(outcome, rows)
+    entry["plots"] = [p for t in techniques for p in t.plots()]
+    entry["promise"] = "trained" if all(t.same_kind for t in techniques) else "another kind of model"
     if objective.kind == "causal" and tokenizer is not None:
         entry["prompts"] = _prompts(next(iter(evals.values()), rows))
-    if dist.rank() == 0:
+    if outcome.model is not None and any(dist.offset(p) is not None for p in outcome.model.parameters()):
+        _write_sharded(outcome.model, entry, techniques, source, tokenizer, rows, part, save)
+    elif dist.rank() == 0:
         _write(outcome, entry, techniques, source, tokenizer, rows, evals or {"data": rows}, knobs.train.batch, folder, part, save)
     return entry
+
+
+def _loaded(source: Checkpoint, kind: torch.dtype | None, techniques: list[Technique], train: Any) -> Any:
+    """The model to train. Where it is sharded and nothing is added to it, each process reads its own part alone."""
+    for t in techniques:
+        if (own := t.load(source, kind)) is not None:
+            return own
+    if any(t.adds_weights for t in techniques):
+        return source.model(kind)
+    if train.strategy == "ep":
+        import modelwright.moe.parallel  # noqa: F401 - its way to lay experts on processes becomes known
+    plan = dist.layout(train.strategy, train.replicas)
+    if plan is None:
+        return source.model(kind)
+    names = {id(m): n for n, m in source.skeleton.named_modules()}
+    with dist.cut_at([names[id(b.module)] for b in Anatomy(source.skeleton).blocks]):
+        return source.model(kind, distributed_config=plan)
 
 
 def train_job(job: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -146,6 +168,45 @@ def _prompts(rows: TokenRows, most: int = 2, tokens: int = 48) -> list[list[int]
     return found
 
 
+def _write_sharded(
+    model: Any,
+    entry: dict[str, Any],
+    techniques: list[Technique],
+    source: Checkpoint,
+    tokenizer: Any,
+    rows: TokenRows,
+    part: Path,
+    save: Save,
+) -> None:
+    """The plain model, gathered block by block; all processes take part and the first one writes."""
+    for t in techniques:
+        model = t.export(model, part.parent)
+    parts = dist.in_parts(model, [b.module for b in Anatomy(model).blocks])
+    if dist.rank() == 0:
+        built = Built(model, _changed_tokenizer(techniques, source, tokenizer), source, stops=_stops(rows, techniques))
+        entry["facts"] |= write_parts(built, parts, save.dtype, part, save.shard_size)
+        entry["notes"] += _endless(rows)
+    for _ in parts:  # what the first process has gone through already
+        pass
+
+
+def _changed_tokenizer(techniques: list[Technique], source: Checkpoint, tokenizer: Any) -> Any:
+    """A tokenizer to save instead of the source's, or None."""
+    changed = next((t.tokenizer for t in techniques if t.tokenizer is not None), None)
+    if changed is None and getattr(tokenizer, "chat_template", None) != getattr(source.tokenizer(), "chat_template", None):
+        return tokenizer
+    return changed
+
+
+def _stops(rows: TokenRows, techniques: list[Technique]) -> list[int]:
+    return list(dict.fromkeys([*rows.stops, *(s for t in techniques for s in t.stops)]))
+
+
+def _endless(rows: TokenRows) -> list[str]:
+    n = rows.facts.get("answers without an end token")
+    return [f"{n} answers end without a special token: the model is not taught to stop after them"] if n else []
+
+
 def _write(
     outcome: Outcome,
     entry: dict[str, Any],
@@ -162,22 +223,17 @@ def _write(
     """The plain model, in the type of the source; plots of the routers; what rounding took; where generation stops."""
     model = outcome.model
     if any(p.role == "router" for p in Anatomy(source.skeleton)):
-        entry["plots"] = routing_plots(model, texts, batch)
+        entry["plots"] += routing_plots(model, texts, batch)
     for t in techniques:
         model = t.export(model, folder)
-    changed = next((t.tokenizer for t in techniques if t.tokenizer is not None), None)
-    if changed is None and getattr(tokenizer, "chat_template", None) != getattr(source.tokenizer(), "chat_template", None):
-        changed = tokenizer
-    stops = list(dict.fromkeys([*rows.stops, *(s for t in techniques for s in t.stops)]))
+    entry["facts"] |= {t.name: f for t in techniques if (f := t.facts())}  # once more: an export may have measured
+    changed, stops = _changed_tokenizer(techniques, source, tokenizer), _stops(rows, techniques)
     lost = as_stored(model, source, save.dtype)
     if lost is not None:
         entry["facts"]["weights that rounding gave back to the source"] = lost
     built = Built(model, changed, source, stops=stops)
     entry["facts"] |= write_model(built, part, save.shard_size)
-    if rows.facts.get("answers without an end token"):
-        entry["notes"].append(
-            f"{rows.facts['answers without an end token']} answers end without a special token: the model is not taught to stop after them"
-        )
+    entry["notes"] += _endless(rows)
     saved = Checkpoint(part, incomplete=True)
     if all(t.same_kind for t in techniques):
         entry["facts"]["reload_max_abs_dlogit"] = require_same_when_reloaded(model, saved)

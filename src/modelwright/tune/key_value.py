@@ -51,6 +51,10 @@ class KeyValue(Freezing):
         self.adapters = knobs.adapt == "lora"
         self.supports = Technique.supports - {"lora"}
 
+    @property
+    def adds_weights(self) -> bool:
+        return self.adapters
+
     def attach(self, model: Any, anatomy: Anatomy) -> Any:
         if not self.adapters:
             return model

@@ -18,6 +18,7 @@ from families import model_of
 from modelwright.core.data.make import Encoder
 from modelwright.core.data.read import Pair
 from modelwright.core.data.rows import IGNORE, Rows
+from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint
@@ -294,3 +295,9 @@ def test_methods_move_what_they_say_and_nothing_else(method: str, kind: str, bas
         assert {r for r, v in roles.items() if any(v)} == {"ffn.up"} and all(s > 0 for s in roles["ffn.up"])
     if method == "tune.lora":
         assert all(s == 0 for r, v in roles.items() if r not in layers for s in v) and any(s > 0 for v in layers.values() for s in v)
+
+
+def test_the_positions_that_roberta_keeps_for_padding_do_not_count(base: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="context=66 is longer than the model's 64 positions"):
+        tuned("tune.full", "roberta", tmp_path, base("roberta"), context=66)
+    assert not (tmp_path / "made").exists()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from modelwright.cli import app as cli
 from modelwright.core.errors import UserError
 from modelwright.core.train import dist
+from modelwright.testing import in_bf16
 
 pytestmark = pytest.mark.slow  # every case trains or runs in two processes
 HERE = Path(__file__).parent
@@ -120,6 +121,48 @@ def test_a_stopped_command_with_two_processes_goes_on_to_the_same_result(
     assert (
         subprocess.run(["pgrep", "-f", f"modelwright.runner.worker {tmp_path}"], capture_output=True).returncode == 1
     )  # no worker is left
+
+
+OWN = {"gw_moe": ["--threshold", "0.9", "--unit", "normalised"], "rectify": ["--ranks", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "family", "method"),
+    [
+        ("fsdp2", "mixtral", "full"),
+        ("fsdp2", "qwen2", "migu"),
+        ("hsdp", "phi3", "full"),
+        ("ep", "mixtral", "full"),
+        ("ep", "qwen3_moe", "gw_moe"),
+        ("ep", "mixtral", "rectify"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_process_loads_and_saves_its_own_part_alone(
+    strategy: str, family: str, method: str, dtype: str, tiny, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    if dtype == "bfloat16" and method != "full":
+        pytest.skip("one method shows the type")
+    base = in_bf16(tiny(family), tmp_path / "base") if dtype == "bfloat16" else tiny(family)
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"input_ids": [(7 * i + j) % 90 + 3 for j in range(20)]}) + "\n" for i in range(12))
+    )
+    common = ["tune", method, "--base", str(base), "--data", str(tmp_path / "data.jsonl"), "--json", "--train.context", "16"]
+    common += ["--train.epochs", "2", "--train.lr", "1e-4", *OWN.get(method, [])]
+    one = [*common, "--to", str(tmp_path / "one"), "--train.batch", "4"]
+    two = [*common, "--to", str(tmp_path / "two"), "--train.batch", "2", "--nproc", "2", "--train.strategy", strategy]
+    for command in (one, [*two, "--train.replicas", "2"] if strategy == "hsdp" else two):
+        with pytest.raises(SystemExit) as end:
+            cli.main(command)
+        assert not end.value.code
+    one_, two_ = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    assert one_.keys() == two_.keys() and {n: w.dtype for n, w in one_.items()} == {n: w.dtype for n, w in two_.items()}
+    # a last bit of bf16 may round the other way
+    close = 2e-6 if dtype == "float32" else 2**-7 * max(float(w.abs().max()) for w in one_.values())
+    assert max(float((one_[n].float() - two_[n].float()).abs().max()) for n in one_) <= close
+    configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in ("one", "two")]
+    assert configs[0] == configs[1]
 
 
 def test_bad_input_in_a_worker_is_one_sentence(tiny, tmp_path: Path, capsys) -> None:

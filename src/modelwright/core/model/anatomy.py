@@ -191,21 +191,22 @@ class Anatomy:
             )
         found = _LAYER.match(name)
         owner = self.model.get_submodule(stem) if last in ("weight", "bias") else None
-        if p.dim() == 3:
+        shape = tuple(getattr(getattr(p, "quant_state", None), "shape", p.shape))  # bitsandbytes packs a matrix into a column of bytes
+        if len(shape) == 3:
             orientation = "experts"
-        elif p.dim() == 1:
+        elif len(shape) == 1:
             orientation = "vector"
         elif isinstance(owner, nn.Embedding):
             orientation = "table"
         else:
             orientation = "in_out" if type(owner).__name__ == "Conv1D" else "out_in"
-        out = p.shape[-1] if orientation == "in_out" else p.shape[-2] if p.dim() > 1 else p.shape[0]
+        out = shape[-1] if orientation == "in_out" or len(shape) == 1 else shape[-2]
         side = "encoder" if re.match(r"(encoder|bert)\.", name) else "decoder"
         return Part(
             name,
             role,
             kind,
-            tuple(p.shape),
+            shape,
             int(found[2]) if found else None,
             side,
             orientation,

@@ -18,6 +18,7 @@ from torch import Tensor
 from modelwright.core.errors import UserError
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint, check_vocabulary
+from modelwright.core.model.classes import positions
 
 PROBE = Path(__file__).parents[2] / "data" / "probe.txt"
 TOLERANCE = 1e-4
@@ -96,10 +97,7 @@ def probe_ids(checkpoint: Checkpoint, text: Path = PROBE) -> tuple[Tensor, int, 
         ids = torch.randint(0, vocab, (_PROBE_ROWS, 64), generator=torch.Generator().manual_seed(0))
         return ids, 0, "random token ids (no tokenizer beside the weights)"
     whole = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    limit = int(getattr(checkpoint.hf_config, "max_position_embeddings", None) or getattr(checkpoint.hf_config, "n_positions", 0) or 512)
-    for module in checkpoint.skeleton.modules():  # RoBERTa counts its positions from padding_idx + 1
-        first = getattr(getattr(module, "position_embeddings", None), "padding_idx", None)
-        limit -= 0 if first is None else first + 1
+    limit = positions(checkpoint.skeleton) or 512
     width = min(_PROBE_TOKENS, limit, len(whole) // _PROBE_ROWS)
     ids = torch.tensor(whole[: _PROBE_ROWS * width]).view(_PROBE_ROWS, width)
     size = sum(len(tokenizer.decode(row[1:]).encode()) for row in ids)

@@ -243,8 +243,11 @@ class Checkpoint:
                 )
         return model
 
-    def model(self, dtype: torch.dtype | None = None) -> Any:
-        """The loaded model, in `dtype` or as stored. Every tensor must be there and finite."""
+    def model(self, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        """The loaded model, in `dtype` or as stored. Every tensor must be there and finite.
+
+        options: of transformers' from_pretrained: distributed_config lets each process read its own part, quantization_config rounds.
+        """
         import transformers
 
         _ = self.skeleton  # a shape that the config does not have is refused before anything is loaded
@@ -258,9 +261,10 @@ class Checkpoint:
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **options,
             )
-        except (RuntimeError, ValueError, SafetensorError) as error:
-            raise UserError(f"{self.folder} does not load", short(error)) from error
+        except Exception as error:  # whatever transformers makes of a strange file
+            raise UserError(f"{self.folder} does not load", f"{type(error).__name__}: {short(error)}") from error
         finally:
             transformers.logging.set_verbosity(quiet)
         for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -271,7 +275,7 @@ class Checkpoint:
                     "copy or download it again",
                 )
         for name, p in model.named_parameters():
-            require_finite(name, p, self.folder)
+            require_finite(name, p.to_local() if hasattr(p, "to_local") else p, self.folder)
         return model
 
     def tokenizer(self) -> Any:

@@ -77,3 +77,17 @@ def _disk_shapes(config_json: str) -> dict[str, tuple[int, ...]]:
     model = skeleton(config_of(json.loads(config_json)))
     state: dict[str, Tensor] = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in model.state_dict()}}
     return {n: tuple(t.shape) for n, t in revert_weight_conversion(model, state).items()}
+
+
+def positions(model: Any) -> int | None:
+    """How many positions a model has; None where it has no table of them or does not say."""
+    config = model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    if not limit and not config.is_encoder_decoder:  # T5 has relative positions, and n_positions says nothing
+        limit = getattr(config, "n_positions", None)
+    if not limit:
+        return None
+    for module in model.modules():  # RoBERTa counts its positions from padding_idx + 1
+        first = getattr(getattr(module, "position_embeddings", None), "padding_idx", None)
+        limit -= 0 if first is None else first + 1
+    return int(limit)

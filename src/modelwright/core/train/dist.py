@@ -1,7 +1,9 @@
 """Several processes (torchrun): who am I, sums over all, shards, and the assertion that as many run as were asked for."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -108,16 +110,80 @@ def like(p: Any, piece: Tensor) -> Tensor:
     return DTensor.from_local(piece, p.device_mesh, p.placements, shape=p.shape, stride=p.stride())
 
 
-def shard(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """FSDP2: each block and the rest become one sharding group."""
+def layout(strategy: str, replicas: int | None = None) -> Any:
+    """transformers' plan of a strategy, by which each process reads its own part of a checkpoint; None for whole copies.
+
+    hsdp: `replicas` copies of the sharded model, one a machine unless given. ep: experts on all processes, the rest in shards.
+    """
+    if world() == 1 or strategy == "ddp":
+        return None
+    from transformers import DistributedConfig
+
+    if strategy == "ep":
+        return DistributedConfig(fsdp_size=world(), ep_size=world(), ep_implementation="modelwright")
+    copies = _copies(replicas) if strategy == "hsdp" else 1
+    return DistributedConfig(fsdp_size=world() // copies, dp_replicate_size=copies)
+
+
+@contextlib.contextmanager
+def cut_at(blocks: list[str]) -> Iterator[None]:
+    """Let transformers shard a model that it loads as `shard` does: the blocks, and one group for the rest.
+
+    Its own plan has a group for the head, which would be gathered anew for each chunk of tokens (core/train/head.py).
+    """
+    from transformers import PreTrainedModel
+
+    original: Any = PreTrainedModel._resolve_parallel_plans
+
+    def plans(self: Any, config: Any) -> Any:
+        tensor, expert, _ = original(self, config)
+        return tensor, expert, dict.fromkeys(blocks, "free_full_weight")
+
+    PreTrainedModel._resolve_parallel_plans = plans
+    try:
+        yield
+    finally:
+        PreTrainedModel._resolve_parallel_plans = original
+
+
+def _copies(replicas: int | None) -> int:
+    copies = replicas or world() // int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    if world() % copies:
+        raise UserError(f"train.replicas={copies} does not divide {world()} processes", "each copy has as many", "choose a divisor")
+    return copies
+
+
+def shard(model: nn.Module, blocks: list[nn.Module], strategy: str = "fsdp2", replicas: int | None = None) -> None:
+    """FSDP2: each block and the rest become one sharding group, over all processes or within each copy (hsdp)."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(kind, (world(),))
+    copies = _copies(replicas) if strategy == "hsdp" else 1
+    sizes, names = ((world(),), ("fsdp",)) if copies == 1 else ((copies, world() // copies), ("dp_replicate", "fsdp"))
+    mesh = init_device_mesh(kind, sizes, mesh_dim_names=names)
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
+
+
+def in_parts(model: nn.Module, blocks: list[nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a sharded model, whole and on the CPU, one block at a time; every process must go through them together.
+
+    Only the first process gets the values; to the others they are empty.
+    """
+    stored = model.state_dict().keys()
+    held = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in stored}
+    names = {id(m): n for n, m in model.named_modules()}
+    groups: dict[str, dict[str, Any]] = {f"{names[id(b)]}.": {} for b in blocks}
+    for n, t in held.items():
+        groups.setdefault(next((g for g in groups if g and n.startswith(g)), n), {})[n] = t
+    for group in groups.values():
+        part = {}
+        for n, t in group.items():
+            whole = t.detach().full_tensor() if hasattr(t, "full_tensor") else t.detach()
+            part[n] = whole.cpu() if rank() == 0 else torch.empty(0)
+        yield part
 
 
 def reshard(model: nn.Module) -> None:

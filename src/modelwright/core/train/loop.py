@@ -96,7 +96,7 @@ def fit(
     """
     techniques = techniques or [Technique()]
     objective = objective or objective_of(techniques, model, None, train, seed)
-    require_positions(model, rows)
+    require_positions(model, rows, 2 if objective.kind == "masked" else 0)
     torch.manual_seed(seed)
     model, rows, blocks = _prepared(model, rows, train, techniques, seed)
     objective.whole_logits = objective.whole_logits or any(t.whole_logits for t in techniques)
@@ -173,11 +173,13 @@ def _prepared(model: Any, rows: TokenRows, train: Train, techniques: list[Techni
 
 def _sharded(model: Any, blocks: list[Any], train: Train) -> tuple[Any, Any]:
     """The model cut over the processes where that is asked for, and an empty copy that the whole can be gathered in."""
-    if dist.world() == 1 or train.strategy != "fsdp2" or any(dist.offset(p) is not None for p in model.parameters()):
+    if dist.world() == 1 or train.strategy == "ddp" or any(dist.offset(p) is not None for p in model.parameters()):
         return model, None
+    if train.strategy == "ep":
+        raise UserError("the experts cannot be spread here", "a method changes the model after it is loaded", "use train.strategy: fsdp2")
     model.to(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     empty = dist.emptied(model)
-    dist.shard(model, blocks)
+    dist.shard(model, blocks, train.strategy, train.replicas)
     return model, empty
 
 

@@ -6,13 +6,14 @@ import torch
 
 from modelwright.core.data.rows import TokenRows
 from modelwright.core.errors import UserError
+from modelwright.core.model.classes import positions
 
 
-def require_positions(model: Any, rows: TokenRows) -> None:
-    """UserError for rows that are longer than the positions of the model."""
-    limit = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
-    if limit and rows.width > limit and not model.config.is_encoder_decoder:
-        raise UserError(f"context={rows.width} is longer than the model's {limit} positions", how="lower train.context")
+def require_positions(model: Any, rows: TokenRows, around: int = 0) -> None:
+    """UserError for rows that are, with the tokens put around each, longer than the positions of the model."""
+    limit = positions(model)
+    if limit and rows.width + around > limit:
+        raise UserError(f"context={rows.width + around} is longer than the model's {limit} positions", how="lower train.context")
 
 
 @torch.no_grad()

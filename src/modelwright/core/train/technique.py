@@ -32,6 +32,7 @@ _WHY = {
     "lora": "adapters freeze every base weight already",
     "ddp": "it has no rule for several processes",
     "fsdp2": "it has no rule for sharded weights",
+    "ep": "it has no rule for experts that lie on other processes",
     "gradient_checkpointing": "activations are computed twice",
     "fused": "it needs an optimizer that steps one tensor at a time",
 }
@@ -85,7 +86,7 @@ class Technique:
     """A training-time method. Override what it changes; everything else stays plain training."""
 
     name = "full"
-    supports = frozenset({"ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "fused", "gradient_checkpointing", "lora"})
+    supports = frozenset({"ddp", "fsdp2", "ep", "zero0", "zero1", "zero2", "zero3", "fused", "gradient_checkpointing", "lora"})
     adapters = False  # attaches low-rank adapters and freezes the base
     tokenizer: Any = None  # set by `rows` where the method changes it; saved with the result
     round = 0  # tuning steps that the model has been through before this one
@@ -155,6 +156,11 @@ class Technique:
         return f"{self.name}: {n} of {len(moved)} tensors moved"
 
     @property
+    def adds_weights(self) -> bool:
+        """Whether the trained model has other weights than the one that is loaded; a model that only the processes together hold cannot."""
+        return overrides(self, "attach") or overrides(self, "export")
+
+    @property
     def edits(self) -> bool:
         """Whether gradients or stepped weights are edited."""
         return overrides(self, "on_gradients") or overrides(self, "after_step")
@@ -162,6 +168,10 @@ class Technique:
     def facts(self) -> dict[str, Any]:
         """What to report at the end."""
         return {}
+
+    def plots(self) -> list[dict[str, Any]]:
+        """What to draw at the end (core/report/plots.py)."""
+        return []
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors needed to resume."""
@@ -184,7 +194,7 @@ def environment(model: Any, train: Train) -> set[str]:
     """What the techniques must cope with: processes, sharding, DeepSpeed, recomputation, quantised weights."""
     found = {"fused"} | ({"gradient_checkpointing"} if train.gradient_checkpointing else set())
     if dist.world() > 1:
-        found.add(train.strategy)
+        found |= {"ddp": {"ddp"}, "ep": {"fsdp2", "ep"}}.get(train.strategy, {"fsdp2"})
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         found = found - {"ddp", "fsdp2"} | {f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"}
     if getattr(model, "is_quantized", False):

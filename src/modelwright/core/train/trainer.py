@@ -43,6 +43,8 @@ class Trainer(HFTrainer):
         settings: Train | None = None,
         **kwargs: Any,
     ):
+        if getattr(kwargs["model"], "is_distributed_loading_by_transformers", False):
+            kwargs["model"]._is_distributed_loading_by_transformers = False  # it would refuse to save states; ours hold shards
         super().__init__(**kwargs)
         self.techniques, self.recorder, self.on_save = techniques, recorder, on_save
         self.objective = objective or NextToken(self.model)

@@ -1,1 +1,1 @@
-"""Asking a judge: prompts, endpoints, local models, recordings, verdicts."""
+"""How a judge is asked: prompts, verdicts, recorded runs. The models behind it are in core/ask."""

@@ -9,7 +9,7 @@ logit bias against words such as "Both" is left out: it needs each vendor's toke
 from dataclasses import dataclass
 from typing import Literal
 
-from modelwright.judge.ask.protocol import Prompt
+from modelwright.core.ask.protocol import Prompt
 
 LIMITS = {"direct": 50, "explained": 300, "questions": 150, "reference": 384}
 VERDICTS = ("Output (a)", "Output (b)")

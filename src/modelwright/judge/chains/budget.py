@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from modelwright.core.ask.desk import Counts, failures
 from modelwright.core.numbers.stats import mcnemar
 from modelwright.core.step import EvalResult
-from modelwright.judge.ask.desk import Counts, failures
 from modelwright.judge.chains import votes
 from modelwright.judge.chains.answers import Choice, Kind, same
 from modelwright.judge.chains.questions import COLUMNS, Measured, Question, coverage, measure, table_row

@@ -8,8 +8,8 @@ again; at temperature 0 it is not, because the reply would be the same.
 import re
 from collections.abc import Callable
 
-from modelwright.judge.ask.desk import Counts, Desk
-from modelwright.judge.ask.protocol import Prompt
+from modelwright.core.ask.desk import Counts, Desk
+from modelwright.core.ask.protocol import Prompt
 from modelwright.judge.chains import letters
 from modelwright.judge.chains.scoring import Request, Scores
 

@@ -20,6 +20,7 @@ class Rerouted(Technique, ABC):
     """A technique that changes routing. Rows of the list by source are counted for the report, over all processes."""
 
     name = "rerouted"
+    adds_weights = False  # hooks alone
     evaluates = False  # whether evaluation is rerouted too
     renormalises = False  # whether its weights sum to 1
 

@@ -1,0 +1,1 @@
+"""Simulators of training: recorded runs, features of examples, roll-outs."""

@@ -1,0 +1,1 @@
+"""Alignment by reinforcement: PPO over tokens or macro actions."""

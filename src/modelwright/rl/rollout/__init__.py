@@ -1,0 +1,1 @@
+"""Roll-outs: prompts, sampled responses, their rewards and values."""

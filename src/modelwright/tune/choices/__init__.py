@@ -1,0 +1,1 @@
+"""Questions with a choice of answers: their rows, and how a model scores the answers."""

@@ -1,0 +1,1 @@
+"""Which heads become one, and how many each layer keeps."""

@@ -1,0 +1,1 @@
+"""What methods that prune share: the smaller model that is saved."""
