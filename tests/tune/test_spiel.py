@@ -263,7 +263,7 @@ def test_an_accumulated_step_is_one_pass(growth: str, tmp_path: Path) -> None:
     assert far(found[0][0], found[1][0]) < 1e-5
 
 
-@pytest.mark.parametrize(("growth", "stop"), [("ag", 1), ("ma", 3)])
+@pytest.mark.parametrize(("growth", "stop"), [("ag", 2), ("ma", 4)])
 def test_a_run_that_was_stopped_in_a_window_goes_on_bit_for_bit(growth: str, stop: int, tmp_path: Path) -> None:
     def run(name: str, at: int | None = None) -> tuple[Any, Any]:
         technique, model = spiel(growth=growth), model_of("llama")
