@@ -4,10 +4,10 @@ The student is a Llama of two layers over digits. It has learnt sums without a c
 the same number of new samples, written behind the interface that a model has (prompts in, texts out), read and checked by the method.
 Measured: sums with a carry (the weak slice), and differences (out of the lesson's domain, learnt before).
 
-The instructor sees what the arm shows it and no more. Under LE it sees the wrong answer, finds whether a carry was forgotten, and writes
-sums with a carry if so. Under LEC it also sees questions that the student can do, and writes every third sample like one of these. As a
-mimic it changes the digits of the question at random. Also: the recorded answers of the paper graded again, and how often the check of
-arithmetic throws out a true solution of GSM8K.
+The instructor sees what the arm shows it and no more. Under LE it sees the wrong answer, looks whether the sum that failed has a carry,
+and writes sums with a carry if so. Under LEC it also sees questions that the student can do, and writes every third sample like one of
+these. As a mimic it changes the digits of the question at random. Also: the recorded answers of the paper graded again, and how often the
+check of arithmetic throws out a true solution of GSM8K.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from modelwright.curate.generators.verify import wrong_with
 
 CHARS = "0123456789+-=."
 ARMS = ("before", "random", "mimic", "le", "lec")
+LEARNT: dict[int, dict] = {}  # what every arm of a seed starts from
 _SUM = re.compile(r"(\d\d)([+-])(\d\d)")
 
 
@@ -113,7 +114,7 @@ class Rules:
         shown = re.search(r"\[WRONG ANSWER\]\n(\d+)", message)
         known = asked[:-1] if "answers these questions correctly" in message else []
         a, sign, b = asked[-1]
-        forgot = bool(shown) and int(shown[1]) == int(a) + int(b) - 10 and carries(int(a), int(b))
+        forgot = bool(shown) and sign == "+" and int(shown[1]) != int(a) + int(b) and carries(int(a), int(b))
         samples = []
         for j in range(m):
             if known and j % 3 == 2:
@@ -135,7 +136,10 @@ def once(arm: str, seed: int, a: argparse.Namespace) -> list[float]:
     weak_test, weak_train = weak[:300], weak[300:]
     other = list({text(*draw(rng, None, "-")): 0 for _ in range(300)})
     student = Student(seed)
-    student.train([line(q, result(q)) for q in base], a.base_steps, 3e-3, seed)
+    if seed not in LEARNT:
+        student.train([line(q, result(q)) for q in base], a.base_steps, 3e-3, seed)
+        LEARNT[seed] = {k: v.clone() for k, v in student.model.state_dict().items()}
+    student.model.load_state_dict(LEARNT[seed])
     if arm != "before":
         tasks = weak_train[:60] + [text(*draw(rng, False)) for _ in range(60)] + [text(*draw(rng, None, "-")) for _ in range(60)]
         said = student.answer(tasks)
@@ -161,8 +165,8 @@ def graded_again() -> dict:
 
 def main() -> None:
     args = argparse.ArgumentParser()
-    args.add_argument("--base-steps", type=int, default=600)
-    args.add_argument("--steps", type=int, default=150)
+    args.add_argument("--base-steps", type=int, default=900)
+    args.add_argument("--steps", type=int, default=100)
     args.add_argument("--samples", type=int, default=300)
     args.add_argument("--seeds", type=int, default=3)
     a = args.parse_args()

@@ -10,25 +10,26 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import modelwright
 from common import SHARED, Cache, save
+from modelwright import registry
 from modelwright.core.data.make import make_rows
-from modelwright.core.data.rows import IGNORE, collate
-from modelwright.core.knobs import Data
+from modelwright.core.data.rows import IGNORE, TokenRows, collate
+from modelwright.core.knobs import Data, Train
 from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
+from modelwright.core.train.loop import fit
 from modelwright.core.train.trainer import forward
 
-BASE = SHARED / "stories260K" / "hf"
 ARMS = {
     "plain (NTP)": {"mu": 0.0, "split": "random"},
     "SFTMix, mu 0.2": {},
     "random split": {"split": "random"},
     "mix alone": {"ntp": False, "mu": 1.0},
 }
-CONTEXT = 192
+CONTEXT = 112
 
 
 def data(name: str, folder: Path) -> tuple[Path, Path]:
@@ -36,25 +37,23 @@ def data(name: str, folder: Path) -> tuple[Path, Path]:
     if name == "alpaca":
         raw = json.loads((SHARED / "llamafactory" / "alpaca_en_demo.json").read_text())
         rows = [{"prompt": f"{r['instruction']}\n{r['input']}\n".strip() + "\n", "completion": r["output"]} for r in raw]
-        rows = [r for r in rows if len(r["completion"]) > 1 and len(r["prompt"]) + len(r["completion"]) < 380]
+        rows = [r for r in rows if len(r["completion"]) > 1 and len(r["prompt"]) + len(r["completion"]) < 220]
     else:
         lines = gzip.decompress((SHARED / "gsm8k" / "train.jsonl.gz").read_bytes()).decode().splitlines()
         rows = [{"prompt": r["question"] + "\n", "completion": r["answer"]} for r in map(json.loads, lines)]
-        rows = [r for r in rows if len(r["prompt"]) + len(r["completion"]) < 380]
+        rows = [r for r in rows if len(r["prompt"]) + len(r["completion"]) < 220]
     files = []
-    for part, chosen in (("train", rows[64:264]), ("test", rows[:64])):
+    for part, chosen in (("train", rows[48:148]), ("test", rows[:48])):
         files.append(folder / f"{name}-{part}.jsonl")
         files[-1].write_text("".join(json.dumps(r) + "\n" for r in chosen))
     return files[0], files[1]
 
 
 @torch.no_grad()
-def measured(folder: Path, test: Path) -> list[float]:
+def measured(model: Any, rows: TokenRows) -> list[float]:
     """Held-out loss and expected calibration error of the answers' tokens."""
-    made = Checkpoint(folder)
-    model, tokenizer = made.model(torch.float32).eval(), made.tokenizer()
-    rows = make_rows(Data(path=str(test)), tokenizer, 512, CONTEXT)
     losses, sure, right = [], [], []
+    model.eval()
     for i in range(0, len(rows), 16):
         batch = collate([rows[j] for j in range(i, min(i + 16, len(rows)))])
         labels = batch["labels"][:, 1:]
@@ -73,29 +72,22 @@ def measured(folder: Path, test: Path) -> list[float]:
 def main() -> None:
     args = argparse.ArgumentParser()
     args.add_argument("--seeds", type=int, default=5)
-    args.add_argument("--epochs", type=float, default=2)
+    args.add_argument("--epochs", type=float, default=3)
     args.add_argument("--lr", type=float, default=1e-3)
     a = args.parse_args()
     torch.set_num_threads(1)
     silence_transformers()
-    cache = Cache("sftmix")
+    cache, source = Cache("sftmix"), Checkpoint(SHARED / "stories260K" / "hf")
 
     def once(name: str, arm: str, seed: int) -> list[float]:
         with tempfile.TemporaryDirectory() as tmp:
-            train, test = data(name, Path(tmp))
-            made = modelwright.run(
-                "tune.sftmix",
-                base=BASE,
-                to=Path(tmp) / "out",
-                seed=seed,
-                data=str(train),
-                evals={"held out": str(test)},
-                train={"epochs": a.epochs, "lr": a.lr, "batch": 16, "context": CONTEXT, "eval_every": 10**6, "record": False},
-                save={"certificate": "structure"},
-                **ARMS[arm],
-            )
-            facts = made.steps[0]["facts"]["sftmix"].get("mean perplexity", {})
-            return [*measured(made.to, test), facts.get("confident", 0.0), facts.get("unconfident", 0.0)]
+            rows, test = (make_rows(Data(path=str(f)), source.tokenizer(), 512, CONTEXT) for f in data(name, Path(tmp)))
+            made = registry.techniques_named("sftmix", ARMS[arm])
+            made[0].source = source
+            knobs = Train(epochs=a.epochs, lr=a.lr, batch=8, context=CONTEXT, record=False, save_every=10**6)
+            knobs = made[0].settings(rows, knobs)
+            out = fit(source.model(torch.float32), rows, knobs, techniques=made, evals={}, folder=Path(tmp) / "run", seed=seed)
+            return measured(out.model, test)
 
     found = {
         (n, arm): [cache([n, arm, s, a.epochs, a.lr], lambda n=n, arm=arm, s=s: once(n, arm, s)) for s in range(a.seeds)]
@@ -121,7 +113,7 @@ def main() -> None:
         rows=rows,
         seeds=list(range(a.seeds)),
         notes=[
-            f"stories260K, 200 examples of each set, {a.epochs:g} passes, lr {a.lr:g}, 16 examples a batch; 64 held-out examples",
+            f"stories260K, 100 examples of each set, {a.epochs:g} passes, lr {a.lr:g}, 8 examples a batch; 48 held-out examples",
             "every arm trains on random pairs of examples, plain tuning too; ± is the standard deviation over seeds",
         ],
     )

@@ -21,7 +21,9 @@ class Row:
 _TRAIN = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100, "warmup": 0.0}
 _PAIRS = str(Path(__file__).parent / "reward" / "pairs.jsonl")
 _DAYS = {"table": str(Path(__file__).parent / "modalities" / "days.csv"), "value": "value", "temperature": "temperature"}
+_DOMAINS = str(Path(__file__).parent / "tune" / "domains.jsonl")
 _TINY = Path(__file__).parent / "judge" / "tiny"
+_TWIN = {"data": "openbezoar-twin", "recorded": "openbezoar-twin"}
 ROWS: dict[str, Row] = {
     "curate.stdlib": Row({"parts": ["topics"], "characters": 2000}, ("tests/curate/test_stdlib.py",), families=("",)),
     "curate.extract": Row(
@@ -114,6 +116,23 @@ ROWS: dict[str, Row] = {
         data=True,
         loads_in={k: f"Dha{k.title()}ForCausalLM" for k in DENSE},
     ),
+    "tune.shear": Row(
+        {"train": _TRAIN, "layers": 1, "heads": 2, "ffn": 24, "hidden": 24},
+        ("tests/tune/test_shear.py", "tests/tune/pruning/test_smaller.py", "tests/core/train/test_constraint.py"),
+        families=(*DENSE, "granite"),
+        data=True,
+    ),
+    "tune.dynamic_batch": Row(
+        {"train": _TRAIN, "domain": "kind", "holdout": 0.2, "data": {"path": _DOMAINS, "column": "input_ids"}},
+        ("tests/tune/test_dynamic_batch.py",),
+        families=(*DENSE, "gpt2", "mixtral"),
+    ),
+    "tune.ssd": Row(
+        {"train": _TRAIN, "experts": 4, "top_k": 2, "check_every": 1, "stable": -1.0, "zeros": 0.0, "final_dense": 0.0},
+        ("tests/tune/test_ssd.py", "tests/tune/neurons/test_layer.py"),
+        families=(*DENSE, "gpt2", "phi3", "gpt_neox"),
+        data=True,
+    ),
     "tune.c_rlft": Row(
         {"train": _TRAIN | {"context": 64}, "weights": {"good": 1.0, "bad": 0.1}, "conditions": {"good": "Good", "bad": "Bad"}},
         ("tests/tune/test_c_rlft.py", "tests/core/data/test_packing.py"),
@@ -174,10 +193,21 @@ ROWS: dict[str, Row] = {
         families=("seedling",),
         data="entities",
     ),
+    "tune.ernie_code": Row(  # needs a T5
+        {"train": _TRAIN},
+        ("tests/tune/test_ernie_code.py", "tests/tune/spans/test_corrupt.py", "tests/tune/spans/test_whitespace.py"),
+        families=(),
+    ),
     "inspect.map_tuning": Row({}, ("tests/inspect/test_published_maps.py",), families=("",), data="plugged"),
     "reshape.half_reset": Row({"pretrained": "BASE"}, ("tests/reshape/test_half_reset.py",), families=(*DENSE, "gpt2", "phi3", "mixtral")),
     "reshape.edit": Row({"fact": "FACT", "steps": 3}, ("tests/reshape/test_edit.py",), families=("seedling",), data="fact"),
     "judge.continual": Row({"matrix": "MATRIX"}, ("tests/judge/test_continual.py",), families=("",), data="matrix"),
+    "judge.frontier": Row(
+        {"ways": ["hft"], "lrs": [1e-2], "seeds": 1, "held": 3, "train": _TRAIN},
+        ("tests/judge/test_frontier.py",),
+        families=("llama", "gpt2"),
+        data=True,
+    ),
     "tune.lora": Row({"train": _TRAIN, "r": 2}, ("tests/tune/test_tune.py",), families=(*DENSE, "gpt2", "phi3"), data=True),
     "inspect.scaling_law": Row(
         {"losses": str(Path(__file__).parent / "inspect" / "tiny_losses.json")}, ("tests/inspect/test_scaling_law.py",), families=("",)
@@ -288,6 +318,16 @@ ROWS: dict[str, Row] = {
         ("tests/modalities/test_critical_temperature.py", "tests/modalities/series/test_hinge.py"),
         families=("",),
     ),
+    "curate.lamini": Row({**_TWIN, "size": 8, "ask": 8}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.evol": Row({**_TWIN, "rounds": 1}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.orca": Row({**_TWIN, "messages": 2}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "curate.judge_filter": Row({**_TWIN, "ask": "yes_no"}, ("tests/curate/test_openbezoar.py",), families=("",)),
+    "inspect.multilingual": Row(
+        {},
+        ("tests/inspect/test_multilingual.py", "tests/inspect/languages/test_language_measures.py"),
+        families=("seedling",),
+        data="languages",
+    ),
     "curate.instructors": Row(
         {"sample_size": 4},
         ("tests/curate/test_instructors.py", "tests/curate/generators/test_grading.py", "tests/curate/generators/test_task_forms.py"),
@@ -295,6 +335,19 @@ ROWS: dict[str, Row] = {
         data="lessons",
     ),
     "inspect.influence": Row({"epochs": 10}, ("tests/inspect/test_influence.py",), families=("", "seedling"), data="dynamics"),
+    "modalities.music": Row(
+        {"length": 512, "widths": [8, 16], "stem": 4, "layers": 1, "each": 1, "steps": 2, "train": {"epochs": 1, "batch": 8}},
+        ("tests/modalities/test_music.py",),
+        families=("", "seedling"),
+        data="tones",
+    ),
+    "modalities.pixels": Row(
+        {"train": _TRAIN, "patch": 8, "font_size": 7, "patches": 12},
+        ("tests/modalities/test_pixels.py",),
+        families=("llama", "seedling"),
+        data="text",
+        loads_in=dict.fromkeys(("llama", "seedling"), "PixelLlamaForCausalLM"),
+    ),
     "modalities.taptap": Row(
         {"table": str(Path(__file__).parent / "modalities" / "people.csv"), "layers": 1, "hidden": 16, "heads": 2}
         | {"backbone": "DecisionTree", "train": {"epochs": 1, "batch": 16, "lr": 1e-3}},

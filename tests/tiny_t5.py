@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 import transformers as T
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 
 def tokenizer_of(texts: list[str], vocab: int = 200, sentinels: int = 0) -> Any:
     """Subwords as SentencePiece makes them: NFKC, runs of white space become one; </s> at the end; sentinels at the end, counting down."""
     words = Tokenizer(models.BPE(unk_token="<unk>"))
-    words.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" {2,}", " "), normalizers.Strip()])
+    words.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " "), normalizers.Strip()])
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
     words.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=vocab - sentinels, special_tokens=special, show_progress=False))

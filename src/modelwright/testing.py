@@ -374,6 +374,65 @@ def _dynamics(folder: Path) -> dict[str, Any]:
     return {"runs": [str(folder)], "examples": examples, "tests": tests}
 
 
+def _languages(folder: Path) -> dict[str, Any]:
+    """An untrained T5 with its own tokenizer, texts of two languages, pairs of them."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+    there = [{"en": f"The {w} is in the {p}.", "de": f"{w[::-1].title()} war im {p[::-1]}."} for w in _WORDS for p in ("box", "hall")]
+    words, special = Tokenizer(models.BPE()), ["<pad>", "</s>", "<unk>"]
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    words.train_from_iterator([t for r in there for t in r.values()], trainers.BpeTrainer(special_tokens=special, show_progress=False))
+    words.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(20))])
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder / "t5")
+    torch.manual_seed(0)
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    config = T5Config(vocab_size=words.get_vocab_size(), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **size)
+    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
+    pairs = write_jsonl(folder / "pairs.jsonl", there)
+    return {"base": str(folder / "t5"), "mono": {k: {"path": pairs, "column": k} for k in ("en", "de")}, "pairs": {"en-de": pairs}}
+
+
+def _languages(folder: Path) -> dict[str, Any]:
+    """Sentences in three languages, two pairs of sentences as in CrowS-Pairs, and a WEAT set; all of it about things."""
+    texts = folder / "parallel"
+    texts.mkdir()
+    forms = {"en": "The {} is here and {} is there.", "de": "Das {} ist hier und {} ist dort.", "fr": "Le {} est ici et {} est là."}
+    for language, form in forms.items():
+        lines = [form.format(a, b) for a in _WORDS for b in _WORDS[:2]]
+        (texts / f"test.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    rows = ["id,sent_more,sent_less,stereo_antistereo,bias_type"]
+    rows += [
+        f"{i},The {a} is late again.,The {b} is late again.,stereo,thing" for i, (a, b) in enumerate(zip(_WORDS, _WORDS[1:], strict=False))
+    ]
+    (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
+    groups = {"targ1": _WORDS[:4], "targ2": _WORDS[4:8], "attr1": _WORDS[8:10], "attr2": _WORDS[10:]}
+    (folder / "things.json").write_text(json.dumps({k: {"category": k, "examples": v} for k, v in groups.items()}))
+    return {"parallel": str(texts), "crows": str(folder / "pairs.csv"), "seat": str(folder / "things.json")}
+
+
+def _tones(folder: Path) -> dict[str, Any]:
+    """Short tones, high and low, as wav files with their texts."""
+    import wave
+    from array import array
+
+    rows = []
+    for i in range(16):
+        high = i % 2 == 1
+        pitch = (880 if high else 220) * (1 + (i // 2) / 40)
+        samples = array("h", (round(9000 * math.sin(2 * math.pi * pitch * t / 8000)) for t in range(512)))
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(8000)
+            file.writeframes(samples.tobytes())
+        rows.append({"audio": f"{i}.wav", "text": "a high tone" if high else "a low tone"})
+    return {"clips": write_jsonl(folder / "clips.jsonl", rows)}
+
+
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
@@ -399,4 +458,6 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lessons": _lessons,
     "people": _people,
     "dynamics": _dynamics,
+    "languages": _languages,
+    "tones": _tones,
 }

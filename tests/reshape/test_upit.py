@@ -58,6 +58,15 @@ def test_of_too_many_checkpoints_evenly_spaced_ones_stay_and_the_last_is_among_t
     assert spaced([1, 2], 4) == [1, 2]
 
 
+def test_a_folder_of_checkpoints_gives_all_of_them_oldest_first(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    for n, seed in ((20, 2), (3, 1)):
+        (tmp_path / f"checkpoint-{n}").symlink_to(tiny("llama", seed=seed))
+    (tmp_path / "checkpoint-4").mkdir()  # nothing in it
+    made = upit(Checkpoint(tiny("llama")), Knobs(checkpoints=[str(tmp_path)], experts=2, router="random"))[0]
+    first = next(t for n, t, *_ in made.stream() if n == "model.layers.0.block_sparse_moe.experts.0.w1.weight")
+    assert torch.equal(first, Checkpoint(tiny("llama", seed=1)).get("model.layers.0.mlp.gate_proj.weight"))
+
+
 def test_even_buckets_have_one_size_at_the_least_total_loss_and_the_papers_rule_takes_the_minimum() -> None:
     loss = torch.tensor([[0.0, 1.0], [0.1, 0.2], [0.5, 0.9], [0.3, 0.5]])
     assert buckets(loss, even=False).tolist() == [0, 0, 0, 0]
@@ -150,6 +159,14 @@ def test_training_vectors_leaves_the_model_and_its_hooks_as_they_were() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert torch.equal(model(IDS).logits, out)
     assert not torch.equal(vectors, train_vectors(model, data, [0, 1, 2], [], **how))
+
+
+def test_words_of_other_experts_examples_are_not_to_be_predicted() -> None:
+    """With the next-token loss alone the others change nothing; with the other term they do."""
+    how: dict[str, Any] = {"epochs": 1, "lr": 1e-2, "batch": 8, "key": (0,)}
+    for alpha, equal in ((1.0, True), (0.5, False)):
+        alone, beside = (train_vectors(model_of("llama"), rows(6), [0, 1, 2], others, alpha=alpha, **how) for others in ([], [3, 4]))
+        assert torch.allclose(alone, beside, atol=1e-6) == equal
 
 
 def test_a_vector_of_zeros_halves_the_feed_forward_part() -> None:

@@ -15,6 +15,8 @@ from modelwright.core.data.read import Chat, Ids, Pair, Preference, Text
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data
 from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.models.reward import RewardFunction
+from modelwright.models.reward import reward_model as calibrated
 from modelwright.rl.rollout import reward as rewards
 from modelwright.rl.rollout.critic import Critic, own_model, undropped
 from modelwright.rl.rollout.prompts import Prompts
@@ -130,7 +132,7 @@ def named(monkeypatch: pytest.MonkeyPatch, **members: Any) -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("pad", [0, 2, None])
 def test_a_reward_model_reads_the_last_token_whatever_the_padding(kind: str, pad: int | None, tmp_path: Path) -> None:
-    """The end token is often the padding token too; texts stand beside shorter ones."""
+    """Texts stand beside shorter ones; where padding and end token are one, the token before it is read, as in training."""
     made = Reward(str(reward_model(tmp_path / "r", kind, pad_token_id=pad)), None, None)
     made.load(torch.float32)
     answers = [torch.tensor(a) for a in ([3, 2], [4, 5, 6, 0], [2], [9, 8, 7, 2], [1, 1, 1])]
@@ -138,9 +140,39 @@ def test_a_reward_model_reads_the_last_token_whatever_the_padding(kind: str, pad
     for p, a, score in zip(PROMPTS, answers, found, strict=True):
         ids = torch.cat([p, a])[None]
         with torch.no_grad():
-            states = made.model.base_model(ids)[0]
-            assert float(made.model.score(states)[0, -1]) == pytest.approx(float(score), abs=1e-5)
+            tokens = made.model.score(made.model.base_model(ids)[0])[0, :, 0]
+        last = max(i for i in range(ids.shape[1]) if int(ids[0, i]) != pad)
+        assert float(tokens[last]) == pytest.approx(float(score), abs=1e-5)
+        assert float(made.model(ids).logits[0, 0]) == pytest.approx(float(score), abs=1e-5)
     assert made.model.config.pad_token_id == pad
+
+
+def test_a_calibrated_reward_model_loses_the_bias_of_its_prompts(tmp_path: Path) -> None:
+    model = calibrated(model_of("llama"), bias=True)
+    with torch.no_grad():
+        model.score.weight.normal_()
+        model.prompt_bias.weight.normal_()
+    model.save_pretrained(tmp_path / "r")
+    made = Reward(str(tmp_path / "r"), None, None)
+    made.load(torch.float32)
+    answers = [torch.tensor([7, 8, 9]), torch.tensor([9])]
+    found = made(PROMPTS[1:3], answers, 2)
+    for p, a, score in zip(PROMPTS[1:3], answers, found, strict=True):
+        with torch.no_grad():
+            out = model(torch.cat([p, a])[None], prompt_lengths=torch.tensor([len(p)]))
+        assert float(out.rewards - out.bias) == pytest.approx(float(score), abs=1e-5) and abs(float(out.bias)) > 1e-3
+
+
+def test_a_reward_model_with_other_tokens_reads_the_text(tmp_path: Path) -> None:
+    tokenizer, other = (Checkpoint(SEEDLING).tokenizer() for _ in range(2))
+    folder = reward_model(tmp_path / "r", vocab_size=2100)
+    other.add_tokens(["zzz"])
+    other.save_pretrained(folder)
+    made = Reward(str(folder), None, tokenizer)
+    made.load(torch.float32)
+    assert not made.same_tokens
+    found = made(*([torch.tensor(tokenizer(t)["input_ids"]) for t in ts] for ts in (["ab", "c"], ["def", "gh"])), 2)
+    assert found.tolist() == pytest.approx(RewardFunction(folder)(["ab", "c"], ["def", "gh"]), abs=1e-5)
 
 
 def test_a_function_is_given_what_it_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

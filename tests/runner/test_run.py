@@ -149,3 +149,15 @@ def test_a_diverged_run_stops_with_a_sentence_and_leaves_nothing(tiny, tmp_path:
     with pytest.raises(modelwright.UserError, match="not finite at step"):
         modelwright.run("tune.full", base=tiny("llama"), to=tmp_path / "out", data=str(tmp_path / "ids.jsonl"), train=train)
     assert [p.name for p in tmp_path.iterdir()] == ["ids.jsonl"]
+
+
+def test_a_finished_measurement_is_found_again_and_a_changed_one_is_noticed(tmp_path: Path) -> None:
+    from modelwright.testing import made
+
+    knobs = {**made("chains", tmp_path), "n": 4}
+    first = modelwright.run("judge.select", to=tmp_path / "out", **knobs)
+    again = modelwright.run("judge.select", to=tmp_path / "out", **knobs)
+    assert again.steps[0]["metrics"] == first.steps[0]["metrics"]
+    (tmp_path / "out" / "report.json").write_text("{")
+    with pytest.raises(modelwright.UserError, match="damaged"):
+        modelwright.run("judge.select", to=tmp_path / "out", **knobs)

@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import modelwright
 from families import model_of
+from modelwright.cli import app as cli
 from modelwright.core.errors import UserError
 from modelwright.core.model.anatomy import Anatomy
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.models.dha import CLASSES
-from modelwright.tune.dha import Dha, Knobs, costs_of, fusion_loss, group_rows, mixed
+from modelwright.tune.dha import Dha, Knobs
+from modelwright.tune.heads.mixes import costs_of, fusion_loss, group_rows, mixed
 from small import Fatal, go, rows, same, weights
 
 IDS = torch.randint(3, 90, (2, 14), generator=torch.Generator().manual_seed(0))
@@ -154,7 +157,10 @@ def test_the_budget_is_met_exactly_and_one_head_stands_for_each_group(trained: t
     first = mixed(p, group_rows(omega[1, 1], labels[1, 1]))
     made = technique.export(model, tmp_path)
     assert torch.equal(made.model.layers[1].self_attn.v_proj.weight, first)
-    assert "fusion" in technique.facts()["reached"]
+    facts = technique.facts()
+    assert facts["heads kept"] == "8 of 16" and "note" not in facts
+    technique.measured["fusion"] = 0.5
+    assert "train longer" in technique.facts()["note"]
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +244,16 @@ def test_what_cannot_be_done_is_refused(
         modelwright.run("tune.dha", base=base, to=tmp_path / "out", **given)
     assert all(w in str(caught.value) for w in words), caught.value
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_weights_of_one(tiny: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    common = ["tune", "dha", "--base", str(tiny("llama", **FOUR)), "--data", data(tmp_path), "--json", "--budget", "0.5", "--search", "3"]
+    common += ["--train.context", "16", "--train.epochs", "2", "--train.lr", "1e-4"]
+    for to, own in (("one", ["--train.batch", "4"]), ("two", ["--train.batch", "2", "--nproc", "2"])):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*common, "--to", str(tmp_path / to), *own])
+        assert not end.value.code
+    one, two = (load_file(tmp_path / to / "model.safetensors") for to in ("one", "two"))
+    assert one.keys() == two.keys() and max(float((one[n] - two[n]).abs().max()) for n in one) <= 2e-5

@@ -298,6 +298,19 @@ def test_what_cannot_be_used_is_one_sentence(row: dict[str, Any], knobs: dict[st
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
 
 
+def test_checkpoint_without_a_tokenizer_is_refused(tiny: Any, questions: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer"):
+        modelwright.run("tune.knife", base=tiny("llama"), to=tmp_path / "out", data=questions, way="teacher", train=TRAIN)
+
+
+def test_student_with_fewer_layers_learns_from_the_teacher(base: Path, questions: str, tmp_path: Path) -> None:
+    texts = [" ".join(map(str, json.loads(line).values())) for line in Path(questions).read_text().splitlines()]
+    small = tiny_t5.saved(tmp_path / "small", texts, num_layers=1, num_decoder_layers=1)
+    knobs = {"way": "student", "student": str(small), "train": TRAIN, "save": {"certificate": "structure"}}
+    done = modelwright.run("tune.knife", base=base, to=tmp_path / "out", data=questions, **knobs)
+    assert Checkpoint(done.to).hf_config.num_layers == 1
+
+
 def test_student_of_another_kind_is_refused(base: Path, questions: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the student is a"):
         modelwright.run("tune.knife", base=base, to=tmp_path / "out", data=questions, way="student", student="seedling", train=TRAIN)

@@ -81,15 +81,44 @@ SAMPLES: dict[str, Sample] = {
     "rl.ppo": Sample(
         {
             "reward_function": "modelwright.rl.rollout.examples:letters",
-            "response_tokens": 32,
-            "updates": 20,
-            "train": {"batch": 16, "lr": 1e-4, "warmup": 0.0},
+            "response_tokens": 24,
+            "updates": 12,
+            "train": {"batch": 12, "lr": 3e-4, "warmup": 0.0},
         },
         "text",
     ),
+    "inspect.multilingual": Sample({}, "languages"),
+    "curate.lamini": Sample({"data": "openbezoar-twin", "recorded": "openbezoar-twin", "size": 8, "ask": 8}),
+    "curate.evol": Sample({"data": "openbezoar-twin", "recorded": "openbezoar-twin", "rounds": 1}),
+    "curate.orca": Sample({"data": "openbezoar-twin", "recorded": "openbezoar-twin"}),
+    "curate.judge_filter": Sample({"data": "openbezoar-twin", "recorded": "openbezoar-twin"}),
     "curate.instructors": Sample({"sample_size": 4}, "lessons", base=False),
     "modalities.taptap": Sample({"hidden": 32, "layers": 2, "train": {"epochs": 6, "batch": 16, "lr": 3e-3}}, "people", base=False),
     "inspect.influence": Sample({"epochs": 100, "objective": "roll_out"}, "dynamics"),
+    "tune.shear": Sample({"layers": 3, "ffn": 192, "mask_lr": 0.3, "multiplier_lr": 3.0}, before=(_TEXT,)),
+    "tune.dynamic_batch": Sample(
+        {"domain": "kind", "every": 5}, before=({"curate.stdlib": {"parts": ["topics", "unicode"], "characters": 100_000}},)
+    ),
+    "tune.dha": Sample({"budget": 0.5, "search": 4, "omega_lr": 0.2}, before=(_TEXT,)),
+    "tune.ssd": Sample({"experts": 8, "top_k": 4, "check_every": 3, "stable": -1.0, "zeros": 0.0}, before=(_TEXT,)),
+    "judge.frontier": Sample(
+        {
+            "ways": ["hft"],
+            "lrs": [3e-4, 3e-3],
+            "between": False,
+            "seeds": 2,
+            "held": 4,
+            "train": {"tokens": "2k", "context": 64, "batch": 4},
+        },
+        "text",
+    ),
+    "tune.ernie_code": Sample({}, "languages"),
+    "modalities.pixels": Sample({"train": dict(_TRAIN), "patch": 8, "font_size": 7, "patches": 32}, "text"),
+    "modalities.music": Sample(
+        {"length": 512, "widths": [16, 32], "stem": 4, "layers": 1, "each": 2, "steps": 10}
+        | {"train": {"epochs": 30, "batch": 8, "lr": 2e-3}},
+        "tones",
+    ),
 }
 
 
@@ -110,11 +139,12 @@ def recipe_of(e: registry.Entry, sets: list[str], folder: Path, seed: int) -> An
         knobs = {"train": dict(_TRAIN), **knobs}
     if sample.make:
         knobs |= made(sample.make, folder / "data")
+    base = knobs.pop("base", "seedling")  # some data comes with a model of another kind
     takes = "checkpoint" in (*e.takes, *e.may_take)
     steps = [*({k: dict(v) for k, v in step.items()} for step in sample.before), {e.name: knobs}]
     raw: dict[str, Any] = {"name": f"try {e.name}", "seed": seed, "steps": steps, "save": {"to": str(folder / "result")}}
     if sample.base and takes:
-        raw["base"] = "seedling"
+        raw["base"] = base
     for assignment in sets:
         recipes.override(raw, f"steps.{len(steps) - 1}.{assignment}")
     open_knobs = [n for n, f in flat(registry.knobs(e)) if default_of(f) is MISSING and n not in knobs]

@@ -36,7 +36,7 @@ from typing import Any, Literal
 
 from modelwright.core.ask.desk import Counts, Desk, failures
 from modelwright.core.ask.kept import Kept
-from modelwright.core.data.tables import records
+from modelwright.core.data.read import iter_rows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data, knob
 from modelwright.core.step import EvalResult, StepContext
@@ -110,9 +110,7 @@ def read_tasks(data: Data, response: str = "") -> list[Task]:
     if not data.path:
         raise UserError("no tasks were given", how="give --data FILE, or --regrade FOLDER")
     found: list[Task] = []
-    for i, row in enumerate(records(Path(data.path))):
-        if data.limit and i >= data.limit:
-            break
+    for i, row in enumerate(iter_rows(data)):
         kind, where = kind_of(row), f"row {i + 1} of {data.path}"
         if kind is None:
             why = "a task has question and answer, with A to D for choices, or prompt, test and entry_point"

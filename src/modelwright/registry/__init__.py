@@ -20,6 +20,7 @@ from modelwright.core.knobs import Tune, build, knob
 from modelwright.registry.entry import (
     CREATES,
     CURATES,
+    GATHERS,
     INSPECTS,
     JUDGES,
     MEASURES,
@@ -30,7 +31,9 @@ from modelwright.registry.entry import (
     SCORES,
     SERVES,
     STOCK,
+    TEACHES,
     TUNES,
+    WRITES,
     Entry,
     Shape,
     method,
@@ -39,9 +42,9 @@ from modelwright.registry.plugins import installed
 from modelwright.registry.table import ALIASES, FAMILIES, METHODS
 
 __all__ = [
-    "ALIASES", "CREATES", "CURATES", "FAMILIES", "INSPECTS", "JUDGES", "MEASURES", "METHODS", "OURS", "PROBES", "REFINES", "RESHAPES",
-    "SCORES", "SERVES", "STOCK", "TUNES", "Entry", "Shape", "doc", "entries", "entry", "hint", "knobs", "load", "method", "mixed",
-    "problems", "techniques", "techniques_named", "tuning",
+    "ALIASES", "CREATES", "CURATES", "FAMILIES", "GATHERS", "INSPECTS", "JUDGES", "MEASURES", "METHODS", "OURS", "PROBES", "REFINES",
+    "RESHAPES", "SCORES", "SERVES", "STOCK", "TEACHES", "TUNES", "WRITES", "Entry", "Shape", "doc", "entries", "entry", "families",
+    "hint", "knobs", "load", "method", "mixed", "problems", "techniques", "techniques_named", "tuning",
 ]  # fmt: skip
 
 

@@ -75,6 +75,9 @@ OURS = "transformers, after `import modelwright.models`"
 RESHAPES = Shape(takes=("checkpoint",), gives=("checkpoint",), loads_in=STOCK, driver="reshape")
 CREATES = Shape(takes=("dataset",), gives=("checkpoint",), loads_in=STOCK, driver="reshape")
 TUNES = Shape(takes=("checkpoint", "dataset"), gives=("checkpoint",), loads_in=STOCK, driver="tune")
+GATHERS = Shape(  # trains, and names its own sources
+    takes=("checkpoint",), may_take=("dataset",), gives=("checkpoint",), loads_in=STOCK, driver="tune"
+)
 CURATES = Shape(gives=("dataset",), loads_in="datasets", driver="curate")
 REFINES = Shape(takes=("dataset",), gives=("dataset",), loads_in="datasets", driver="curate")
 WRITES = Shape(may_take=("dataset",), gives=("dataset",), loads_in="datasets")  # a model writes or judges rows

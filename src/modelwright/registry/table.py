@@ -3,6 +3,7 @@
 from modelwright.registry.entry import (
     CREATES,
     CURATES,
+    GATHERS,
     INSPECTS,
     JUDGES,
     MEASURES,
@@ -15,6 +16,7 @@ from modelwright.registry.entry import (
     STOCK,
     TEACHES,
     TUNES,
+    WRITES,
     method,
 )
 
@@ -46,6 +48,9 @@ METHODS = [
     method("tune.new_blocks", "train only the blocks that growing added", "2401.02415", TUNES),
     method("tune.masks", "dense to mixture of experts while it trains: experts are masks over one feed-forward part, held to a share of active neurons", "Mixture of Masks (ACL 2025), 1712.01312", TUNES),
     method("tune.dha", "find the key and value heads that can stand for each other and fuse them, each layer as many as it needs", "2406.06567", TUNES, loads_in=OURS + "; with export gqa: " + STOCK),
+    method("tune.shear", "cut a model to a given smaller shape while it trains: blocks, heads, neurons, width; one-shot rules as baselines", "2310.06694, 2403.03853", TUNES),
+    method("tune.dynamic_batch", "the mix of domains follows how far each is from its reference loss", "2310.06694", TUNES),
+    method("tune.ssd", "train dense and sparse by turns: where activations are sparse, only some experts of each feed-forward part run", "2410.03440", TUNES),
     method("tune.c_rlft", "mixed-quality chats: the source as a condition and a weight, padding-free packing", "2309.11235", TUNES),
     method("tune.sftmix", "mix the hidden states of well-learnt and badly-learnt examples beside plain tuning", "2410.05248", TUNES),
     method("tune.moi", "several skills at once: a system prompt a domain, balanced chunks, a mask between chunks", "2404.18410", TUNES),
@@ -59,6 +64,7 @@ METHODS = [
     method("tune.map_tuning", "plug a knowledge base into a finished model: an affine map from entity vectors to input embeddings", "2305.17691", TUNES),
     method("tune.dpo", "direct preference optimisation from pairs of answers: DPO, IPO, hinge; the reference is computed once and kept on disk", "2305.18290, 2310.12036", TUNES),
     method("reward.train", "a reward model from pairs of answers; biases of the prompt and of the length taken out: PBC, ODIN, LPBC", "2203.02155, 2402.07319", TUNES, loads_in="transformers; with further heads after `import modelwright.models`"),
+    method("tune.ernie_code", "an encoder-decoder for many languages and code: span corruption and translation through English, mixed by size", "2212.06742", GATHERS),
     method("reward.themis_train", "a reward model that calls tools and writes down why: traces and the ranking of pairs learnt at once", "2310.01045", TUNES, loads_in=OURS),
     method("reward.themis", "a tool-calling reward model at work: recorded traces replayed against the tools, pairs judged", "2310.01045", JUDGES),
     method("reward.calibrate", "take a known bias, such as length, out of recorded reward scores", "2409.17407", SCORES),
@@ -69,6 +75,7 @@ METHODS = [
     method("inspect.depth", "what each block does: gradient norm, angular distances, the loss without it", "2412.13795, 2403.17887", PROBES),
     method("inspect.scaling_law", "a / N^b + c for each domain, and the reference losses that it predicts", "2310.06694", MEASURES),
     method("judge.continual", "accuracy matrices of task sequences: AA, BWT, FWT, learning accuracy; or train a sequence and fill one", "GEM 1706.08840, TRACE 2310.06762", JUDGES),
+    method("judge.frontier", "what each way to tune forgets for what it learns: ways x rates x seeds against full tuning's frontier", "ours", INSPECTS),
     method("judge.llmbar", "how well a judge follows instructions: fifteen ways to ask, both orders; recorded runs recomputed", "2310.07641", JUDGES),
     method("judge.select", "one answer out of many sampled chains: votes, complexity, early stopping, rewards; budget curves", "2203.11171, 2210.00720, 2401.10480, 2305.11860", MEASURES),
     method("inspect.experts", "do the experts of a mixture differ: weights, outputs, router; copies and dead experts with advice", "2406.18219", INSPECTS),
@@ -79,6 +86,13 @@ METHODS = [
     method("curate.instructors", "new tasks from a stronger model about what the checkpoint gets wrong, each checked; LE, LEC and controls", "2407.00497", TEACHES),
     method("inspect.influence", "a simulator of training from recorded runs: losses step by step for any order of examples, and which examples do harm", "2404.07840, 2303.08114, 2002.08484", INSPECTS),
     method("modalities.taptap", "synthetic rows of a table under its grammar, for privacy, few rows, gaps or rare classes; labels of a backbone beside the model's", "2305.09696", JUDGES),
+    method("curate.lamini", "new instructions from examples and topics, each with a response, written by a model", "2404.12195, 2304.14402", WRITES),
+    method("curate.evol", "instructions made harder or rarer round by round by a model, with rules for what failed", "2404.12195, 2304.12244", WRITES),
+    method("curate.orca", "explained answers of a model under sixteen system messages, gold answers kept beside them", "2404.12195, 2306.02707", WRITES),
+    method("curate.judge_filter", "keep the rows whose response a judge accepts and no known answer contradicts; unknown is never kept", "2404.12195", WRITES),
+    method("inspect.multilingual", "how a model and a corpus treat languages: balance, tokens, shared space by layer, stereotypes, debiasing", "2404.00929", INSPECTS),
+    method("modalities.pixels", "a Llama that reads rendered text as patches, alone or beside tokens: next patch, next token, classes", "2404.10710", TUNES, loads_in=OURS),
+    method("modalities.music", "sound from text: v-diffusion on raw samples, steered by the states of any text encoder, with guidance", "2302.04456", JUDGES),
     method("judge.aor", "choose among answers by judging how they were reached: local scores, global evaluation, dynamic sampling", "2405.12939", JUDGES),
 ]
 # fmt: on

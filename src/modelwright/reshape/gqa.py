@@ -15,7 +15,7 @@ the heads were turned by Shakespeare, 3.69 where they were turned by one sentenc
 
 Where a q- or k-norm scales the two halves of a frequency pair differently (Qwen3), keys cannot be turned; values still are, and the report
 says so. The same holds for models that rotate a part of each head only. Grouping by search, uneven numbers of heads and fusion with
-training (DHA, 2406.06567) are not here. Without data the probe text of the certificates is used; give text like that which is served.
+training are DHA's: tune.dha. Without data the probe text of the certificates is used; give text like that which is served.
 """
 
 from collections.abc import Iterator

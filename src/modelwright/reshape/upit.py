@@ -112,13 +112,16 @@ def upit(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
 
 # ---- the checkpoints ---------------------------------------------------------------------------------------------------
 def _folders(named: list[str]) -> list[Path]:
-    """Every checkpoint that is named; a folder of states gives all of them, oldest first."""
+    """Every checkpoint that is named; a folder of checkpoint-N gives all of them, oldest first."""
+
+    def whole(folder: Path) -> bool:
+        return any((folder / f).is_file() for f in ("config.json", "adapter_config.json", "complete.json"))
+
     found: list[Path] = []
     for name in named:
         folder = Path(name).expanduser()
-        own = any((folder / f).is_file() for f in ("config.json", "adapter_config.json", "complete.json"))
-        states = [] if own or not folder.is_dir() else [s for s in all_states(folder) if (s / "complete.json").is_file()]
-        found += states or [folder]
+        inside = [s for s in all_states(folder) if whole(s)] if folder.is_dir() and not whole(folder) else []
+        found += inside or [folder]
     if len(found) < 2:
         raise UserError(
             f"{named[0] if named else 'checkpoints'} gives {len(found)} checkpoint" + "s" * (not found),
@@ -148,7 +151,7 @@ def _trained(
     seeds = _seed_rows(rows, knobs, seed)
     if len(seeds) < len(experts):
         raise UserError(f"{len(seeds)} seed rows for {len(experts)} experts", "each needs one", "give more data, or fewer experts")
-    model = source.model(torch.float32)
+    model = source.model(torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
     _load(model, dict(dense_names(rest, anatomy)))
     loss = torch.stack([losses(_with(model, experts, e), rows, seeds, knobs.batch) for e in range(len(experts))], 1)  # (N, E)
     owner = buckets(loss, even=knobs.buckets == "even")

@@ -43,7 +43,7 @@ from modelwright.core.train.objective import NextToken, Outputs, objective_class
 from modelwright.core.train.technique import LossTerm, Named, Technique
 from modelwright.rl.macro import segments
 from modelwright.rl.rollout.critic import Critic, own_model, undropped
-from modelwright.rl.rollout.experience import Actors, Terms, experience
+from modelwright.rl.rollout.experience import Actors, Terms, experience, joined
 from modelwright.rl.rollout.history import History
 from modelwright.rl.rollout.objective import PpoObjective, ValueLoss, as_batch
 from modelwright.rl.rollout.prompts import Prompts
@@ -222,17 +222,21 @@ class Ppo(Technique):
             which.append(order[place])
         rows = [self.prompts[i] for i in which]
         prompts = [r["input_ids"][: int(r["length"])].long() for r in rows]
-        self.kept = self._experience(prompts, [(self.seed, update, slot) for slot in range(count)])
+        keys = [(self.seed, update, slot) for slot in range(count)]
+        share = count // dist.world()
+        mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
+        width = max(len(p) for p in prompts) + self.knobs.response_tokens
+        self.kept = joined(self._experience(prompts[mine], keys[mine], width), count)
         self.kept["example_id"] = torch.tensor(which)
         self.update = update
         self.history.begin(update, self.kept)
         self.idle = not bool(self.kept["advantages"].any())
 
-    def _experience(self, prompts: list[Tensor], keys: list[tuple[int, ...]]) -> dict[str, Tensor]:
+    def _experience(self, prompts: list[Tensor], keys: list[tuple[int, ...]], width: int) -> dict[str, Tensor]:
         k = self.knobs
         terms = Terms(self.segmenter, k.kl, k.kl_estimator, k.reward_clip, k.shares, k.reward_agg, k.gamma, k.lam)
         who = Actors(self.model, self.reference, self.critic, self.reward, self.states, self._cast)
-        return experience(who, prompts, keys, self.sampling, terms, (k.rollout_batch, self.train.batch))
+        return experience(who, prompts, keys, self.sampling, terms, (k.rollout_batch, self.train.batch, width))
 
     @contextmanager
     def _cast(self) -> Iterator[None]:
@@ -245,10 +249,8 @@ class Ppo(Technique):
         lengths = batch["real"].sum(1).tolist()
         prompts = [row[: max(n, 1)].cpu() for row, n in zip(batch["input_ids"], lengths, strict=True)]
         keys = [(self.seed, 1 << 31, int(e) + 1) for e in batch["example_id"]]
-        kept = self._experience(prompts * dist.world(), keys * dist.world())  # each process evaluates prompts of its own
-        mine = slice(dist.rank() * len(prompts), (dist.rank() + 1) * len(prompts))
+        found = self._experience(prompts, keys, max(map(len, prompts)) + self.knobs.response_tokens)
         used = torch.tensor([n > 0 for n in lengths])
-        found = {n: v[mine] for n, v in kept.items()}
         device = batch["input_ids"].device
         batch.clear()
         batch.update({n: v.to(device) for n, v in as_batch(found).items()})

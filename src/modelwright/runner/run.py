@@ -21,13 +21,15 @@ from typing import Any
 from modelwright.core.errors import UserError, shown
 from modelwright.core.files import disk_errors, fingerprint, fingerprint_path, finite, write_json
 from modelwright.core.knobs import paths, plain
-from modelwright.core.model.lineage import versions, write_lineage
+from modelwright.core.model.lineage import LINEAGE, versions, write_lineage
 from modelwright.core.report.page import Report
 from modelwright.core.report.progress import Progress, Silent
 from modelwright.runner.context import Result, Run
 from modelwright.runner.processes import follows, launched
 from modelwright.runner.recipe import Recipe, Step, check, parse
 
+_WORKING = ("key", "settings.json", "done.json")  # of a step's folder, not of a result
+_NOTES = (*_WORKING, "report.json", LINEAGE)  # written after the files of a result are counted
 _MARK = "process"  # the file that makes a working folder ours; it holds the number of the process that works there
 
 
@@ -281,7 +283,8 @@ def _publish(r: Run, result: Result, to: Path) -> None:
         "versions": versions(),
     }
     folder = r.checkpoint if r.checkpoint and r.checkpoint.is_relative_to(r.work) else last
-    lineage["files"] = {p.name: fingerprint(p) for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in (".safetensors", ".json")}
+    made = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jsonl") and p.name not in _NOTES]
+    lineage["files"] = {p.name: fingerprint(p) for p in made if p.is_file()}
     small = r.work / "steps"
     shutil.rmtree(small, ignore_errors=True)
     for i, step in enumerate(recipe.steps):
@@ -314,7 +317,7 @@ def _publish(r: Run, result: Result, to: Path) -> None:
     result.report.facts |= {"result": str(to), "seed": recipe.seed, **lineage["versions"]}
     (folder / "report.html").write_text(result.report.html(), encoding="utf-8")
     write_json(folder / "report.json", result.plain())
-    for name in ("key", "settings.json", "done.json"):
+    for name in _WORKING:
         (folder / name).unlink(missing_ok=True)
     try:
         os.rename(folder, to)

@@ -85,7 +85,9 @@ def train(
     outcome = fit(
         model, rows, settings, techniques=techniques, evals=evals, folder=folder, seed=seed, tick=tick, say=say, objective=objective
     )
-    entry = _entry(outcome, rows) | {"promise": "trained" if all(t.same_kind for t in techniques) else "another kind of model"}
+    entry = _entry(outcome, rows)
+    entry["plots"] = [p for t in techniques for p in t.plots()]
+    entry["promise"] = "trained" if all(t.same_kind for t in techniques) else "another kind of model"
     if objective.kind == "causal" and tokenizer is not None:
         entry["prompts"] = _prompts(next(iter(evals.values()), rows))
     if outcome.model is not None and any(dist.offset(p) is not None for p in outcome.model.parameters()):
@@ -221,7 +223,7 @@ def _write(
     """The plain model, in the type of the source; plots of the routers; what rounding took; where generation stops."""
     model = outcome.model
     if any(p.role == "router" for p in Anatomy(source.skeleton)):
-        entry["plots"] = routing_plots(model, texts, batch)
+        entry["plots"] += routing_plots(model, texts, batch)
     for t in techniques:
         model = t.export(model, folder)
     entry["facts"] |= {t.name: f for t in techniques if (f := t.facts())}  # once more: an export may have measured

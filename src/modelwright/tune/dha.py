@@ -37,6 +37,7 @@ from modelwright.core.train.constraint import Constrained, Goal, detach
 from modelwright.core.train.loop import steps_for
 from modelwright.core.train.technique import Technique
 from modelwright.tune.heads.grouping import grouped, spend, within
+from modelwright.tune.heads.mixes import costs_of, fusion_loss, group_rows, mixed, together
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Dha(Constrained):
 
     def _masked(self, omega: Tensor) -> Tensor:
         """omega with nothing outside the groups."""
-        return omega if self.groups_of is None else omega * _together(self.groups_of).to(omega)
+        return omega if self.groups_of is None else omega * together(self.groups_of).to(omega)
 
     def _labels(self) -> Tensor:
         found = self.groups_of
@@ -121,9 +122,12 @@ class Dha(Constrained):
         return {"fusion": fusion_loss(self._masked(parts.omega), self._labels())}
 
     def target(self, name: str) -> float:
-        begin = float(fusion_loss(torch.eye(self.heads).repeat(len(self.sites), 2, 1, 1), self._labels()))
         steps = max(self.steps - self.search, 1)
-        return Goal(0.0, begin).at((self.step - self.search) / (self.warm_up * steps))
+        return Goal(0.0, self._begin()).at((self.step - self.search) / (self.warm_up * steps))
+
+    def _begin(self) -> float:
+        """The fusion loss of mixes that are the identity."""
+        return float(fusion_loss(torch.eye(self.heads).repeat(len(self.sites), 2, 1, 1), self._labels()))
 
     def penalty(self) -> Tensor:
         if self.step >= self.search:
@@ -187,7 +191,10 @@ class Dha(Constrained):
         found = self._labels()
         told = {n: ", ".join(str(int(x.max()) + 1) for x in found[:, i]) for i, n in enumerate(("key heads", "value heads"))}
         kept = int((found.amax(-1) + 1).sum())
-        return super().facts() | told | {"heads kept": f"{kept} of {2 * self.heads * len(self.sites)}"}
+        told["heads kept"] = f"{kept} of {2 * self.heads * len(self.sites)}"
+        if self.measured.get("fusion", 0.0) > 0.05 * self._begin():
+            told["note"] = "the heads of a group still differ, and their mean is saved: train longer, or raise omega_lr"
+        return super().facts() | told
 
     # ---- what is saved
     @torch.no_grad()
@@ -223,40 +230,6 @@ class Dha(Constrained):
             moved = rows.unflatten(0, (self.heads, queries, -1))[order].flatten(0, 2)
             found[views[n].name] = (moved.T if n == "o" else moved).contiguous()
         return found
-
-
-# ---- the maths ---------------------------------------------------------------------------------------------------------
-def _together(labels: Tensor) -> Tensor:
-    """Which pairs of heads are in one group, (..., heads, heads)."""
-    return labels[..., :, None] == labels[..., None, :]
-
-
-def fusion_loss(omega: Tensor, labels: Tensor) -> Tensor:
-    """L: the mean over groups of two or more of mean_{i<i'} mean_j (omega_ij - omega_i'j)^2; omega (..., m, m), labels (..., m)."""
-    same = _together(labels).to(omega)
-    size = same.sum(-1)  # (..., m): of the head's group
-    apart = ((omega[..., :, None, :] - omega[..., None, :, :]).square() * same[..., :, None, :]).sum(-1)  # over j of the group
-    pairs = size * (size - 1)  # each counted from both sides
-    weight = same / (pairs * size).clamp(min=1)[..., :, None]
-    groups = torch.where(size > 1, 1 / size, 0.0).sum()
-    return (apart * weight).sum() / groups.clamp(min=1)
-
-
-def costs_of(omega: Tensor) -> Tensor:
-    """cost_ij = mean_k (omega_ik - omega_jk)^2, (..., m, m)."""
-    return (omega[..., :, None, :] - omega[..., None, :, :]).square().mean(-1)
-
-
-def group_rows(omega: Tensor, labels: Tensor) -> Tensor:
-    """The mean row of each group (groups, m)."""
-    member = nn.functional.one_hot(labels).to(omega).T  # (groups, m)
-    return member @ omega / member.sum(1, keepdim=True)
-
-
-def mixed(p: Tensor, rows: Tensor) -> Tensor:
-    """Heads of a weight (m d, in) or bias (m d,) mixed by rows (n, m): n heads."""
-    heads = p.unflatten(0, (rows.shape[1], -1)).float()
-    return torch.einsum("ij,j...->i...", rows.float(), heads).flatten(0, 1).to(p.dtype)
 
 
 def _checked(model: Any, anatomy: Anatomy, k: Knobs) -> int:

@@ -141,6 +141,8 @@ class Knife(Technique):
     # ---- data and objective ----------------------------------------------------------------------------------------------
     def objective(self, model: Any, tokenizer: Any, train: Train, seed: int) -> ChoiceScores:
         way = self.knobs.way
+        if tokenizer is None:
+            raise UserError("the checkpoint has no tokenizer", "questions are text", "add tokenizer files")
         self._tokenizer, self._train, self._pairs = tokenizer, train, bool(model.config.is_encoder_decoder)
         reads = way in ("teacher", "ir_o")
         kind = Taught if way == "student" else ChoiceScores

@@ -14,6 +14,8 @@ Sentences without an entity that has a vector, or longer than the context, are l
 The result is the unchanged model; the map lies in it as steps/*/adapter/entity_map.safetensors. `deploy: true` writes mapped entities as
 extra embedding rows too, with a token <entity:ID> each: any stock loader then reads "<entity:Q42> / Douglas Adams".
 
+`inspect.map_tuning` recomputes the published tables from the official result files.
+
 Official code (thunlp/Knowledge-Plugin): pseudo-words in the tokenizer, one tensor a token, BERT alone; its "frozen" map is so only because
 the optimizer leaves it out. Ours: ids from the tokenizer's length up stand for entities, two hooks on the embedding; decoders, where the
 mention is learnt by next tokens after its vector, and where there is no dropout but that of attention, the embeddings get it too.

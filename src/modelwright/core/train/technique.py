@@ -169,6 +169,10 @@ class Technique:
         """What to report at the end."""
         return {}
 
+    def plots(self) -> list[dict[str, Any]]:
+        """What to draw at the end (core/report/plots.py)."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors needed to resume."""
         return {}

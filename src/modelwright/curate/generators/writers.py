@@ -9,6 +9,7 @@ from modelwright.core.ask.kept import Kept
 from modelwright.core.ask.protocol import Answer, Judge, Prompt
 from modelwright.core.data.tables import records
 from modelwright.core.errors import UserError
+from modelwright.curate.generators.rows import shipped
 
 
 class Writes(Protocol):
@@ -73,7 +74,7 @@ def open_writer(knobs: Writes, folder: Path, seed: int) -> Desk:
 
 def _model(knobs: Writes, seed: int) -> Judge:
     if knobs.recorded:
-        return Recorded(Path(knobs.recorded))
+        return Recorded(Path(shipped(knobs.recorded, "recorded")))
     if knobs.url:
         from modelwright.core.ask.endpoint import open_endpoint
 

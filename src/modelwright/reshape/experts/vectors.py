@@ -31,12 +31,16 @@ def losses(model: Any, rows: TokenRows, which: list[int], batch: int) -> Tensor:
     found = []
     try:
         for at in range(0, len(which), batch):
-            b = collate([rows[i] for i in which[at : at + batch]])
+            b = _batch(model, rows, which[at : at + batch])
             weights = (b["labels"][:, 1:] != IGNORE).float()
-            found.append(objective.forward(model, b, weights).losses.sum(1) / weights.sum(1).clamp(min=1))
+            found.append((objective.forward(model, b, weights).losses.sum(1) / weights.sum(1).clamp(min=1)).cpu())
     finally:
         objective.remove()
     return torch.cat(found)
+
+
+def _batch(model: Any, rows: TokenRows, which: list[int]) -> dict[str, Tensor]:
+    return {k: v.to(model.device) for k, v in collate([rows[i] for i in which]).items()}
 
 
 def buckets(loss: Tensor, even: bool) -> Tensor:
@@ -80,7 +84,7 @@ def train_vectors(
 ) -> Tensor:
     """The routing vectors (layers, d) of the expert whose weights `model` holds. `others`: examples of the other experts, may be empty."""
     anatomy = Anatomy(model)
-    gates = Gates(anatomy, anatomy.config.hidden_size)
+    gates = Gates(anatomy, anatomy.config.hidden_size).to(model.device)
     optimizer, g = torch.optim.Adam(gates.parameters(), lr), generator(*key)
     objective = NextToken(model)
     model.eval().requires_grad_(False)
@@ -96,18 +100,19 @@ def train_vectors(
                     optimizer.step()
     finally:
         objective.remove()
-    return gates.vectors.detach()
+    return gates.vectors.detach().cpu()
 
 
 def _loss(
     model: Any, objective: NextToken, gates: Gates, rows: TokenRows, own: list[int], others: list[int], alpha: float, g: torch.Generator
 ) -> Tensor:
     drawn = [others[int(i)] for i in torch.randint(len(others), (len(own),), generator=g)] if others else []
-    b = collate([rows[i] for i in own + drawn])
+    b = _batch(model, rows, own + drawn)
     weights = (b["labels"][:, 1:] != IGNORE).float()
     weights[len(own) :] = 0  # another expert's words are not to be predicted
     gates.logits.clear()
     total = objective.forward(model, b, weights).total / weights.sum().clamp(min=1)
     logits = torch.stack([x[b["real"]] for x in gates.logits])  # (layers, tokens)
-    target = (torch.arange(len(own) + len(drawn))[:, None] < len(own)).expand_as(b["real"])[b["real"]].to(logits)
+    ours = torch.arange(len(own) + len(drawn), device=logits.device)[:, None] < len(own)
+    target = ours.expand_as(b["real"])[b["real"]].to(logits)
     return alpha * total + (1 - alpha) * F.binary_cross_entropy_with_logits(logits, target.expand_as(logits))

@@ -85,40 +85,36 @@ def estimated(columns: dict[str, Tensor], mask: Tensor, actions: Tensor, t: Term
 
 
 @torch.no_grad()
-def experience(who: Actors, prompts: list[Tensor], keys: Keys, how: Sampling, t: Terms, sizes: tuple[int, int]) -> dict[str, Tensor]:
-    """The columns of an update from all its prompts; several processes share the work. `sizes`: rows sampled and rows scored together."""
-    share = len(prompts) // dist.world()
-    mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
-    width = max(len(p) for p in prompts) + how.tokens
-    training = who.model.training
+def experience(who: Actors, prompts: list[Tensor], keys: Keys, how: Sampling, t: Terms, sizes: tuple[int, int, int]) -> dict[str, Tensor]:
+    """The columns of one process's prompts. `sizes`: rows sampled together, rows scored together, width of the columns."""
+    training, parts = who.model.training, []
     who.model.eval()
     try:
         with who.cast():
-            local = _local(who, prompts[mine], keys[mine], how, t, (*sizes, width))
+            made = responses(who.model, prompts, keys, how, sizes[0])
+            for i in range(0, len(prompts), sizes[1]):
+                window = slice(i, i + sizes[1])
+                parts.append(_scored(who, prompts[window], made[window], keys[window], t, sizes))
     finally:
         who.model.train(training)
         dist.reshard(who.model)
-    whole = {k: _whole(v, len(prompts), mine) for k, v in local.items()}
-    longest = int(whole["length"].max())
+    ended = [bool(how.stops) and int(r[-1]) in how.stops for r in made]
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} | {"ended": torch.tensor(ended).float()}
+
+
+def joined(local: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+    """The columns of all processes, one after the other, as wide as the longest row."""
+    whole = {k: _whole(v, count) for k, v in local.items()}
+    longest, width = int(whole["length"].max()), whole["input_ids"].shape[1]
     return {k: v[:, : longest - (v.shape[1] < width)] if v.dim() > 1 else v for k, v in whole.items()}
 
 
-def _whole(local: Tensor, count: int, mine: slice) -> Tensor:
+def _whole(local: Tensor, count: int) -> Tensor:
     if dist.world() == 1:
         return local
     out = local.new_zeros(count, *local.shape[1:])
-    out[mine] = local
+    out[dist.rank() * len(local) : (dist.rank() + 1) * len(local)] = local
     return dist.all_sum(out)
-
-
-def _local(who: Actors, prompts: list[Tensor], keys: Keys, how: Sampling, t: Terms, sizes: tuple[int, int, int]) -> dict[str, Tensor]:
-    made = responses(who.model, prompts, keys, how, sizes[0])
-    parts = []
-    for i in range(0, len(prompts), sizes[1]):
-        window = slice(i, i + sizes[1])
-        parts.append(_scored(who, prompts[window], made[window], keys[window], t, sizes))
-    ended = [bool(how.stops) and int(r[-1]) in how.stops for r in made]
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} | {"ended": torch.tensor(ended).float()}
 
 
 def _scored(who: Actors, prompts: list[Tensor], made: list[Tensor], keys: Keys, t: Terms, sizes: tuple[int, int, int]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """What a response is worth: a reward model in a folder, or a Python function by its name.
 
-A folder holds a sequence classifier with one label; its reward is `logits[:, 0]`, calibrated where the model calibrates it. A function is
-called as TRL calls one, with keywords: f(prompts=, completions=, completion_ids=) -> one number a response; it may leave out what it does
-not read. The name may also be that of a model object, or of a calibrated wrapper around a function or a model.
+A folder holds a reward model as reward.train or TRL writes one: a sequence classifier with one label. Its reward is `logits[:, 0]`, less
+the bias of the prompt where the model has one, read where the classifiers of transformers read it. A function is called as TRL calls one,
+with keywords: f(prompts=, completions=, completion_ids=) -> one number a response; it may leave out what it does not read. The name may
+also be that of a model object, or of a calibrated wrapper around a function or a model.
 """
 
 import importlib
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from modelwright.core.errors import UserError, short
 from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.models.reward import RewardFunction
 
 
 def function(name: str) -> Any:
@@ -49,48 +51,41 @@ def _imported(module: str) -> Any:
 
 
 class Reward:
-    """Numbers for whole responses. `model` is the reward model, where there is one that reads the policy's tokens."""
+    """Numbers for whole responses, from a folder or from a function."""
 
     def __init__(self, folder: str | None, name: str | None, tokenizer: Any):
         if bool(folder) == bool(name):
             raise UserError(
                 "one reward is needed", f"{'both' if folder else 'neither'} of reward and reward_function were given", "give one"
             )
-        self.tokenizer, self.folder, self.model = tokenizer, folder, None
-        self._own: Any = None  # the reward model's tokenizer, where it is another
+        self.tokenizer, self.folder, self.name = tokenizer, folder, str(folder or name)
+        self.model: Any = None
+        self.same_tokens = True  # whether a reward model reads the policy's token ids
+        self._texts_of: RewardFunction | None = None  # a reward model with a tokenizer of its own
         self._call: Any = None
         if folder:
             self._checked(Checkpoint(folder))
             return
-        found = function(str(name))
-        self.name = str(name)
+        found = function(self.name)
         if isinstance(found, nn.Module):
             self.model = found.eval()
         else:
             self._call, self._takes = found, _keywords(found)
 
     def _checked(self, source: Checkpoint) -> None:
-        self.name = str(source.folder)
-        architecture = (source.hf_config.architectures or ["a model"])[0]
-        if "SequenceClassification" not in architecture and "Reward" not in architecture:
-            raise UserError(f"{self.name} is no reward model", f"it is a {architecture}", "give a sequence classifier with one label")
-        if source.hf_config.num_labels != 1:
-            raise UserError(
-                f"{self.name} sorts texts into {source.hf_config.num_labels} classes", "a reward model has one", "give num_labels 1"
-            )
+        kind, labels = type(source.skeleton).__name__, getattr(source.hf_config, "num_labels", 2)
+        if not kind.endswith(("ForSequenceClassification", "RewardModel")):
+            raise UserError(f"{self.name} is no reward model", f"it is a {kind}", "give a folder that reward.train wrote")
+        if labels != 1:
+            raise UserError(f"{self.name} sorts texts into {labels} classes", "a reward model has one", "give num_labels 1")
         own = source.tokenizer()
-        if own is not None and self.tokenizer is not None and own.get_vocab() != self.tokenizer.get_vocab():
-            self._own = own
-
-    @property
-    def same_tokens(self) -> bool:
-        """Whether a reward model reads the policy's token ids."""
-        return (bool(self.folder) or self.model is not None) and self._own is None
+        self.same_tokens = own is None or self.tokenizer is None or own.get_vocab() == self.tokenizer.get_vocab()
 
     def load(self, dtype: Any) -> None:
         """Load the reward model."""
         if self.folder and self.model is None:
-            self.model = Checkpoint(self.folder).model(dtype).eval().requires_grad_(False)
+            made = RewardFunction(self.folder, dtype=dtype)
+            self.model, self._texts_of = made.model, None if self.same_tokens else made
 
     def to(self, device: Any) -> None:
         if self.model is not None:
@@ -99,9 +94,10 @@ class Reward:
     @torch.no_grad()
     def __call__(self, prompts: list[Tensor], responses: list[Tensor], size: int) -> Tensor:
         """One reward a response, (B,) float32. UserError for NaN, infinity or another number of values."""
-        if self.model is not None:
-            whole = [torch.cat([p, r]) for p, r in zip(prompts, responses, strict=True)]
-            values = [v for i in range(0, len(whole), size) for v in self._scores(whole[i : i + size])]
+        if self._texts_of is not None:  # another tokenizer reads the text, control tokens of the policy left out
+            values = self._texts_of(self._texts(prompts), self._texts(responses))
+        elif self.model is not None:
+            values = [v for i in range(0, len(prompts), size) for v in self._scores(prompts[i : i + size], responses[i : i + size])]
         else:
             given = {
                 "prompts": self._texts(prompts),
@@ -129,25 +125,26 @@ class Reward:
             return [i.tolist() for i in ids]
         return list(self.tokenizer.batch_decode([i.tolist() for i in ids], skip_special_tokens=True))
 
-    def _scores(self, whole: list[Tensor]) -> list[float]:
-        assert self.model is not None
-        if self._own is not None:  # another tokenizer reads the text, control tokens of the policy left out
-            whole = [torch.tensor(self._own(t)["input_ids"]) for t in self._texts(whole)]
-        config = self.model.config
-        used = set(torch.cat(whole).tolist())
-        # transformers looks for the last token by the padding id: inside a text it must not stand, and end tokens often are the padding
-        pad = next(i for i in range(len(used) + 1) if i not in used) % int(config.get_text_config().vocab_size)
-        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=pad)
+    def _scores(self, prompts: list[Tensor], responses: list[Tensor]) -> list[float]:
+        whole, config = [torch.cat([p, r]) for p, r in zip(prompts, responses, strict=True)], self.model.config
+        if config.pad_token_id is None:  # transformers finds the last token by the padding, so it must not stand inside a text
+            used = set(torch.cat(whole).tolist())
+            config.pad_token_id = next(i for i in range(len(used) + 1) if i not in used) % int(config.get_text_config().vocab_size)
+            try:
+                return self._scores(prompts, responses)
+            finally:
+                config.pad_token_id = None
+        ids = torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=config.pad_token_id)
         seen = torch.nn.utils.rnn.pad_sequence([torch.ones_like(w) for w in whole], batch_first=True)
-        if ids.shape[1] > (getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or ids.shape[1]):
+        text = config.get_text_config()
+        if ids.shape[1] > (getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or ids.shape[1]):
             raise UserError(
                 f"a text of {ids.shape[1]} tokens is too long for the reward model", how="lower response_tokens or prompt_tokens"
             )
-        kept, config.pad_token_id = config.pad_token_id, pad
-        try:
-            logits = self.model(input_ids=ids.to(self.model.device), attention_mask=seen.to(self.model.device)).logits
-        finally:
-            config.pad_token_id = kept
+        inputs = {"input_ids": ids, "attention_mask": seen}
+        if "prompt_lengths" in inspect.signature(self.model.forward).parameters:
+            inputs["prompt_lengths"] = torch.tensor([len(p) for p in prompts])
+        logits = self.model(**{k: v.to(self.model.device) for k, v in inputs.items()}).logits
         if logits.shape[1:] != (1,):
             raise UserError(
                 f"the reward model {self.name} gives {tuple(logits.shape[1:])} values a text", "a reward is one", "give num_labels 1"

@@ -138,8 +138,6 @@ def encode(questions: list[Question], tokenizer: Any, context: int, pairs: bool,
     pairs: for an encoder and a decoder. story: one answer a question, the rationale before the right choice (I -> RO).
     A rationale is cut where it does not fit the context with its question; a question that does not fit is left out; both are counted.
     """
-    if tokenizer is None:
-        raise UserError("the checkpoint has no tokenizer", "questions are text", "add tokenizer files")
 
     def ids(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []

@@ -1,0 +1,1 @@
+"""Text as pixels: rendering and rows."""

@@ -1,0 +1,1 @@
+"""Waveforms: files, rows, v-diffusion and its sampler."""
