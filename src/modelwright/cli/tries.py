@@ -69,7 +69,7 @@ SAMPLES: dict[str, Sample] = {
     "inspect.modularity": Sample({"partitions": 20, "disturb": [0.06], "draws": 1}, "functions"),
     "tune.masks": Sample({"experts": 4, "top_k": 2, "ramp": 0.3, "hard": 0.2}, before=(_TEXT,)),
     "reshape.upit": Sample({"experts": 4, "seed_rows": 8, "context": 64, "epochs": 2}, "checkpoints"),
-    "tune.dha": Sample({"budget": 0.5, "search": 5}, before=(_TEXT,)),
+    "tune.dha": Sample({"budget": 0.5, "search": 4, "omega_lr": 0.2}, before=(_TEXT,)),
     "tune.moi": Sample({"systems": {"sums": "You add.", "talk": "You talk."}}, "domains"),
     "tune.knife": Sample({"way": "teacher"}, "questions"),
     "tune.map_tuning": Sample({}, "entities"),
@@ -99,7 +99,6 @@ SAMPLES: dict[str, Sample] = {
     "tune.dynamic_batch": Sample(
         {"domain": "kind", "every": 5}, before=({"curate.stdlib": {"parts": ["topics", "unicode"], "characters": 100_000}},)
     ),
-    "tune.dha": Sample({"budget": 0.5, "search": 4, "omega_lr": 0.2}, before=(_TEXT,)),
     "tune.ssd": Sample({"experts": 8, "top_k": 4, "check_every": 3, "stable": -1.0, "zeros": 0.0}, before=(_TEXT,)),
     "judge.frontier": Sample(
         {
