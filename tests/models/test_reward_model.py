@@ -135,6 +135,18 @@ def test_a_folder_becomes_a_reward_function(saved: Path) -> None:
         assert alone == pytest.approx(value, abs=1e-4), "batches do not change a reward"
 
 
+def test_a_classifier_without_a_padding_token_is_read_at_each_text_s_end(tmp_path: Path) -> None:
+    source = Checkpoint(SEEDLING)
+    model = stock(scored(source.model(torch.float32)))
+    model.config.pad_token_id = None
+    model.save_pretrained(tmp_path)
+    source.tokenizer().save_pretrained(tmp_path)
+    reward = RewardFunction(tmp_path)
+    assert reward.model.config.pad_token_id is None
+    both = reward(prompts=["a", "a"], completions=[" b", " b c d e f g"])
+    assert both == pytest.approx([reward(prompts=["a"], completions=[c])[0] for c in (" b", " b c d e f g")], abs=1e-5)
+
+
 def test_a_long_prompt_loses_its_beginning_and_is_counted(saved: Path) -> None:
     reward = RewardFunction(saved)
     assert reward(prompts=["word " * 600], completions=[" yes"]) and reward.cut == 1

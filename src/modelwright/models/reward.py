@@ -237,10 +237,14 @@ class RewardFunction:
     def score(self, ids: Tensor, attention_mask: Tensor, prompt_lengths: Tensor | None = None) -> Tensor:
         """Rewards (B,) in fp32 of ids (B, T), less the bias of their prompts where the model has one; no gradient."""
         calibrated = isinstance(self.model, RewardModel)
+        no_padding = self.model.config.get_text_config().pad_token_id is None and not calibrated  # stock classes then read the last place
         parts, biases = [], []
-        for i in range(0, len(ids), self.batch):
-            rows = slice(i, i + self.batch)
+        size = 1 if no_padding else self.batch
+        for i in range(0, len(ids), size):
+            rows = slice(i, i + size)
             inputs = {"input_ids": ids[rows], "attention_mask": attention_mask[rows]}
+            if no_padding:
+                inputs = {k: v[:, attention_mask[i].bool()] for k, v in inputs.items()}
             if calibrated and prompt_lengths is not None:
                 inputs["prompt_lengths"] = prompt_lengths[rows]
             out = self.model(**{k: v.to(self.model.device) for k, v in inputs.items()}, use_cache=False)
