@@ -83,7 +83,7 @@ def main() -> None:
     series = {v: [[sum(r[u][i] for r in runs) / len(runs) for i in (0, 1)] for u in range(UPDATES)] for v, runs in found.items()}
     save(
         "reward_hacking",
-        claim="PPO against a length-biased reward grows long at the cost of quality; with the length calibrated away it stays short and better",
+        claim="PPO against a length-biased reward grows long at the cost of quality; calibrated, it stays short and better",
         outcome="; ".join(f"{v}: {spread([r[0] for r in x])} tokens, quality {spread([r[1] for r in x])}" for v, x in last.items()),
         columns=["reward", "tokens at the start", "tokens at the end", "quality at the start", "quality at the end"],
         rows=[
