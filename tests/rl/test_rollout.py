@@ -17,11 +17,13 @@ from modelwright.core.knobs import Data
 from modelwright.core.model.checkpoint import Checkpoint
 from modelwright.models.reward import RewardFunction
 from modelwright.models.reward import reward_model as calibrated
+from modelwright.rl.rollout import examples
 from modelwright.rl.rollout import reward as rewards
 from modelwright.rl.rollout.critic import Critic, own_model, undropped
 from modelwright.rl.rollout.prompts import Prompts
 from modelwright.rl.rollout.reward import Reward
 from modelwright.rl.rollout.sample import Sampling, draw, lengths, responses, uniforms
+from modelwright.runner import recipe
 
 SEEDLING = Path(rewards.__file__).parents[2] / "data" / "seedling"
 PROMPTS = [torch.tensor(p) for p in ([5], [7, 8, 9, 10], [11, 12], [20, 21, 22], [5])]
@@ -269,3 +271,17 @@ def test_dropout_is_switched_off_everywhere() -> None:
         model.train()
         ids = torch.arange(3, 13)[None]
         assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+# ---- the examples ----------------------------------------------------------------------------------------------------
+def test_the_data_of_the_alignment_recipes_prefers_right_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples.write(tmp_path / "align", 20)
+    pairs = [json.loads(line) for line in (tmp_path / "align" / "pairs.jsonl").read_text().splitlines()]
+    prompts = [p["prompt"] for p in pairs]
+    assert examples.again(prompts, [p["chosen"] for p in pairs]) == [1.0] * 20
+    assert examples.again(prompts, [p["rejected"] for p in pairs]) == [-2.0] * 20
+    assert examples.again(["Say a b:"], [" a"]) == [0.5]
+    monkeypatch.chdir(tmp_path)
+    for name in ("align-reward", "align-dpo"):
+        recipe.check(recipe.read(name))
+    assert [s.entry.name for s in recipe.read("align-ppo").steps] == ["tune.full", "rl.ppo"]
