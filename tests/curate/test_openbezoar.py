@@ -13,7 +13,7 @@ from modelwright.core.knobs import Data
 from modelwright.curate import evol, judge_filter, lamini, orca
 from modelwright.curate.generators.eliminate import instruction_fault, response_fault
 from modelwright.curate.generators.replies import numbered, one_word
-from modelwright.curate.generators.rows import Row, read_rows, template
+from modelwright.curate.generators.rows import SAMPLE, Row, read_rows, template
 from modelwright.runner.run import run
 from modelwright.testing import write_jsonl
 
@@ -73,6 +73,13 @@ def test_each_failed_evolution_has_its_reason_and_leaves_the_old_one(done: dict[
     metrics = done["evol"].steps[0]["metrics"]
     assert metrics["removed"] == {"words of the template leaked": 1, "no gain": 1} and metrics["pool"] == 8
     assert metrics["kept"] == 6 == sum(metrics["kept_by_operator"].values())
+
+
+def test_a_gain_that_is_not_known_is_none(tmp_path: Path) -> None:
+    rows = _rows(SAMPLE / "recorded.jsonl")
+    unsure = [r | {"answer": "Hard to say."} if r["answer"] == "different" else r for r in rows]
+    with pytest.raises(UserError, match="no row was kept, because 6 gain is not known"):
+        run("curate.evol", to=tmp_path / "out", data=TWIN["data"], recorded=write_jsonl(tmp_path / "r.jsonl", unsure), rounds=1)
 
 
 @pytest.mark.parametrize("operator", evol.OPERATORS)
