@@ -104,7 +104,7 @@ def taptap(knobs: Knobs, job: StepContext) -> EvalResult:
     result.facts |= {
         "rows learnt from": len(learnt[target]),
         "rows held out": 0 if whole else len(test[target]),
-        "rows without a target": sum(v is None for v in columns[target]),
+        "rows without a target": sum(columns[target][i] is None for i in order),
         "columns left out": "; ".join(f"{n}: {w}" for n, w in model.left.items()) or "none",
         "task": task,
         "backbone": knobs.backbone,
