@@ -229,6 +229,18 @@ def test_a_whole_run_ranks_examples_and_writes_the_kept_rows(recorded: Path, tmp
     assert kept == [x for i, x in enumerate((recorded / "data.jsonl").read_text().splitlines()) if i not in gone]
 
 
+def test_vectors_of_another_encoder_are_taken_from_a_file(recorded: Path, tmp_path: Path) -> None:
+    knobs = {"runs": [str(recorded)], "examples": str(recorded / "data.jsonl"), "tests": str(recorded / "tests.jsonl"), "epochs": 5}
+    g = np.random.default_rng(0)
+    for name, tests in (("good", 3), ("bad", 2)):
+        np.savez(tmp_path / f"{name}.npz", examples=g.normal(size=(8, 5)), tests=g.normal(size=(tests, 5)))
+    result = modelwright.run("inspect.influence", to=tmp_path / "out", features="file", vectors=str(tmp_path / "good.npz"), **knobs)
+    assert "gptfluence" in result.plain()["metrics"]["scores"]
+    for path, what in ((str(tmp_path / "bad.npz"), "rows of one width"), ("", "cannot be read")):
+        with pytest.raises(UserError, match=what):
+            modelwright.run("inspect.influence", to=tmp_path / "no", features="file", vectors=path, **knobs)
+
+
 def test_without_texts_or_base_what_can_be_simulated_is(recorded: Path, tmp_path: Path) -> None:
     result = modelwright.run("inspect.influence", to=tmp_path / "out", runs=[str(recorded)])
     assert set(result.plain()["metrics"]["scores"]) == {"constant", "mean curve", "tables"}

@@ -43,7 +43,8 @@ class Knobs:
     test_runs: int = knob(2, "runs to measure on, the last ones; the others are learnt from", low=1)
     examples: str = knob("", "table that was trained on; row i is example i", path=True)
     tests: str = knob("", "table with the columns name and text of the tests", path=True)
-    features: Literal["words", "states"] = knob("words", "vectors of the texts: hashed words, or last states of the base")
+    features: Literal["words", "states", "file"] = knob("words", "vectors of the texts: hashed words, last states of the base, or a file")
+    vectors: str = knob("", "features: file: npz with examples (rows of the data, d) and tests (in the order of their names, d)", path=True)
     gradients: bool = knob(True, "also simulate from gradients, where there is a base")
     order: int = knob(1, "past losses that the next one depends on", low=1)
     objective: Literal["one_step", "roll_out"] = knob("one_step", "learn single steps (paper) or whole runs")
@@ -69,7 +70,7 @@ def influence(knobs: Knobs, job: StepContext) -> EvalResult:
     pairs = {"tables": (a[None], b)}
     found["tables"] = s.by_tables(a, b, test)
     if texts and wanted:
-        h, to = _vectors(knobs, job, texts, wanted)
+        h, to = _vectors(knobs, job, runs.examples, texts, wanted)
         with job.progress.task("learn to simulate", knobs.epochs) as tick:
             model = s.fit_gptfluence(train, h, to, order=knobs.order, objective=knobs.objective, epochs=knobs.epochs, lr=knobs.lr,
                                      seed=job.seed, tick=tick)  # fmt: skip
@@ -85,19 +86,38 @@ def influence(knobs: Knobs, job: StepContext) -> EvalResult:
     best = min(pairs, key=lambda name: scores[name]["mse"])
     effects = s.left_out_effects(*pairs[best], train).mean(1)
     facts = runs.facts | _written(knobs, job, runs, effects, rows) | {"influence by": best}
-    return _result(runs, test, found, scores, effects, facts, best)
+    return _result(runs, test, found, effects, facts)
 
 
-def _vectors(knobs: Knobs, job: StepContext, texts: list[str], wanted: list[str]) -> Any:
+def _vectors(knobs: Knobs, job: StepContext, examples: list[int], texts: list[str], wanted: list[str]) -> Any:
     from modelwright.inspect.simulate import features
 
     if knobs.features == "states":
         if job.source is None:
             raise UserError("features=states needs a base", "they are the states of a checkpoint", "give a base, or features: words")
         both = features.states(job.source, [*texts, *wanted])
+    elif knobs.features == "file":
+        return _read_vectors(knobs.vectors, examples, len(wanted))
     else:
         both = features.words([*texts, *wanted])
     return both[: len(texts)], both[len(texts) :]
+
+
+def _read_vectors(path: str, examples: list[int], tests: int) -> Any:
+    """Vectors of another encoder, such as all-MiniLM-L6-v2."""
+    import torch
+
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            h, to = found["examples"].astype(np.float32), found["tests"].astype(np.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"vectors={path or 'nothing'} cannot be read", str(error).splitlines()[0], "give an npz with examples and tests"
+        ) from None
+    if h.ndim != 2 or to.ndim != 2 or len(h) <= max(examples) or len(to) != tests or h.shape[1] != to.shape[1]:
+        what = f"{path} holds examples {h.shape} and tests {to.shape}"
+        raise UserError(what, f"{max(examples) + 1} or more and {tests} rows of one width are needed", "write a vector a row")
+    return torch.from_numpy(h)[examples], torch.from_numpy(to)
 
 
 def _written(knobs: Knobs, job: StepContext, runs: Any, effects: np.ndarray, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -115,15 +135,10 @@ def _written(knobs: Knobs, job: StepContext, runs: Any, effects: np.ndarray, row
     return {"rows kept": len(kept), "rows left out as harmful": len(gone), "rows that no run saw (kept)": len(rows) - len(runs.examples)}
 
 
-def _result(
-    runs: Any,
-    test: Any,
-    found: dict[str, np.ndarray],
-    scores: dict[str, dict[str, float]],
-    effects: np.ndarray,
-    facts: dict[str, Any],
-    best: str,
-) -> EvalResult:
+def _result(runs: Any, test: Any, found: dict[str, np.ndarray], effects: np.ndarray, facts: dict[str, Any]) -> EvalResult:
+    from modelwright.inspect.simulate.simulators import errors
+
+    scores, best = {name: errors(f, test.phi) for name, f in found.items()}, facts["influence by"]
     between = float(runs.phi[:, -1].var(0).mean())
     metrics = {"scores": scores, "between_runs": between, "best": min(scores, key=lambda n: scores[n]["mse"]), "influence_by": best}
     low, high = float(effects.min()), float(effects.max())

@@ -65,7 +65,7 @@ def music(knobs: Knobs, job: StepContext) -> EvalResult:
     _check(knobs)
     waves, prompts, facts, rate = read_clips(knobs.clips, knobs.audio, knobs.text, knobs.rate, knobs.length)
     distinct = list(dict.fromkeys(prompts))
-    wanted = knobs.prompts or sorted(distinct, key=lambda p: -prompts.count(p))[:10]
+    wanted = list(dict.fromkeys(knobs.prompts)) or sorted(distinct, key=lambda p: -prompts.count(p))[:10]
     told, width, words = _told(job.source, distinct)
     also, _, _ = _told(job.source, wanted, words)
     model = _fresh(knobs, width, len(words), rate, job.seed)
@@ -77,10 +77,14 @@ def music(knobs: Knobs, job: StepContext) -> EvalResult:
     model = average.export(out.model, folder).eval()
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(job.folder / "model")
-    real = diversity(waves, prompts)
-    facts |= {"rate": rate, "weights": sum(p.numel() for p in model.parameters()), "steps": out.steps}
+    facts |= {
+        "diversity of real clips": diversity(waves, prompts),
+        "rate": rate,
+        "weights": sum(p.numel() for p in model.parameters()),
+        "steps": out.steps,
+    }
     facts["loss at the end"] = out.log[-1]["loss"] if out.log else None
-    return _generate(knobs, job, model, wanted, also, real, facts)
+    return _generate(knobs, job, model, dict(zip(wanted, also, strict=True)), facts)
 
 
 def _check(knobs: Knobs) -> None:
@@ -148,18 +152,17 @@ def sample(model: Any, told: list[Any], *, length: int, guidance: float, steps: 
     return ddim(predict, z, steps) if sampler == "ddim" else by_scheduler(predict, z, steps, scheduler_named(sampler))
 
 
-def _generate(
-    knobs: Knobs, job: StepContext, model: Any, wanted: list[str], told: list[Any], real: float, facts: dict[str, Any]
-) -> EvalResult:
+def _generate(knobs: Knobs, job: StepContext, model: Any, told: dict[str, Any], facts: dict[str, Any]) -> EvalResult:
+    """Clips of each prompt at each guidance; `told` holds what the model is told for a prompt."""
     from modelwright.modalities.sound.waves import diversity, player, wav_bytes
 
     folder = job.folder / "clips"
     folder.mkdir(exist_ok=True)
-    playing, scores, quieter = [], {}, 0
+    playing, scores, quieter, real = [], {}, 0, facts["diversity of real clips"]
     with job.progress.task("generate", len(knobs.guidance)) as tick:
         for w in knobs.guidance:
-            names = [p for p in wanted for _ in range(knobs.each)]
-            states = [t for t in told for _ in range(knobs.each)]
+            names = [p for p in told for _ in range(knobs.each)]
+            states = [told[p] for p in names]
             x = sample(model, states, length=knobs.length, guidance=w, steps=knobs.steps, seed=job.seed, sampler=knobs.sampler).numpy()
             scores[f"{w:g}"] = diversity(x, names)
             for i, (name, wave) in enumerate(zip(names, x, strict=True)):
@@ -172,7 +175,7 @@ def _generate(
     facts["made quieter so that nothing is clipped"] = quieter
     facts["listen"] = "player.html"
     metrics = {"diversity": scores, "diversity_real": real, "loss": facts["loss at the end"], "clips": len(playing)}
-    words = f"{len(playing)} clips of {len(wanted)} prompts. Diversity within a prompt (real clips {real:.3f}): " + ", ".join(
+    words = f"{len(playing)} clips of {len(told)} prompts. Diversity within a prompt (real clips {real:.3f}): " + ", ".join(
         f"{v:.3f} at guidance {w}" for w, v in scores.items()
     )
     rows = [[w, f"{v:.3f}"] for w, v in scores.items()] + [["real clips", f"{real:.3f}"]]

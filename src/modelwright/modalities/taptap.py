@@ -93,7 +93,7 @@ def taptap(knobs: Knobs, job: StepContext) -> EvalResult:
     at = len(order) - max(2, round(knobs.test * len(order)))
     whole = knobs.use == "missing" and not knobs.share
     learnt, test = take(columns, sorted(order) if whole else order[:at]), take(columns, order[at:])
-    backbone = Backbone(make, task, target, Features(columns, [n for n in columns if n not in {*left, target}]))
+    backbone = Backbone(make, task, target, Features(learnt, [n for n in columns if n not in {*left, target}]))
     assert job.technique
     model = TapTap(job.source, knobs.train, shape=(knobs.layers, knobs.hidden, knobs.heads), left=left, seed=job.seed,
                    techniques=job.technique(knobs.tune, knobs.tune_settings))  # fmt: skip
@@ -104,7 +104,7 @@ def taptap(knobs: Knobs, job: StepContext) -> EvalResult:
     result.facts |= {
         "rows learnt from": len(learnt[target]),
         "rows held out": 0 if whole else len(test[target]),
-        "rows without a target": sum(v is None for v in columns[target]),
+        "rows without a target": sum(columns[target][i] is None for i in order),
         "columns left out": "; ".join(f"{n}: {w}" for n, w in model.left.items()) or "none",
         "task": task,
         "backbone": knobs.backbone,

@@ -96,6 +96,7 @@ class PixelLlamaForCausalLM(LlamaForCausalLM):
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
+        *,
         patches: Tensor | None = None,
         patch_mask: Tensor | None = None,
         **kwargs: Any,

@@ -1,5 +1,6 @@
 """Gaps that are made to be filled again (MCAR, MAR, MNAR), the usual ways to fill them, and how well it went."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -78,10 +79,13 @@ def _fill(x: np.ndarray, how: str) -> np.ndarray:
 
         found = KNNImputer(n_neighbors=5).fit_transform(scaled)
     elif how == "mice":
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.experimental import enable_iterative_imputer  # noqa: F401 - scikit-learn asks for it
         from sklearn.impute import IterativeImputer
 
-        found = IterativeImputer(max_iter=10, random_state=0).fit_transform(scaled)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # it is a baseline of ten rounds
+            found = IterativeImputer(max_iter=10, random_state=0).fit_transform(scaled)
     else:
         raise UserError(f"no way to fill gaps is called '{how}'", how="mean, knn and mice are known")
     return found * np.where(spread > 0, spread, 1) + mean

@@ -137,6 +137,7 @@ def missing(work: Work) -> tuple[EvalResult, Columns]:
     with work.job.progress.task("fill gaps", 1) as tick:
         filled = work.model.impute(holed, draws=k.draws, temperature=0.0 if k.draws == 1 else 1.0, seed=work.job.seed)
         tick(1)
+    filled[work.target] = holed[work.target]  # a row without a target is none to learn from, whatever is written into it
     count = sum(v is None for n in names for v in holed[n])
     if not k.share:
         return EvalResult({"filled": count}, f"{count} gaps were filled; nothing was hidden, so nothing was measured."), filled
