@@ -24,8 +24,8 @@ CASES: dict[str, tuple[Any, str, str, dict[str, Any], dict[str, Any]]] = {
     "student decoder": (knife, "questions", "seedling", {**STUDENT, "kd_out": "kl"}, {}),
     "map bert": (map_tuning, "entities", "bert", STILL, {}),
     "map decoder recomputed": (map_tuning, "entities", "seedling", STILL, {"gradient_checkpointing": True}),
-    "languages": (ernie_code, "languages", "t5", {}, {}),
-    "languages accumulated": (ernie_code, "languages", "t5", {"form": "concatenated"}, {"accumulate": 2}),
+    "languages": (ernie_code, "translations", "t5", {}, {}),
+    "languages accumulated": (ernie_code, "translations", "t5", {"form": "concatenated"}, {"accumulate": 2}),
 }
 
 

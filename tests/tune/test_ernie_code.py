@@ -28,7 +28,7 @@ SHORT = {"epochs": 1, "batch": 8, "context": 48, "lr": 1e-2, "warmup": 0.0, "eva
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return made("languages", tmp_path_factory.mktemp("languages"))
+    return made("translations", tmp_path_factory.mktemp("languages"))
 
 
 def parts(given: dict[str, Any], what: str = "both") -> dict[str, Any]:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow  # every case trains in two processes
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    given = {kind: made(kind, folder / kind) for kind in ("questions", "entities", "languages")}
+    given = {kind: made(kind, folder / kind) for kind in ("questions", "entities", "translations")}
     for kind, settings in given.items():
         (folder / f"{kind}.json").write_text(json.dumps(settings))
     texts = {

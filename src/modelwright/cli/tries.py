@@ -111,7 +111,7 @@ SAMPLES: dict[str, Sample] = {
         },
         "text",
     ),
-    "tune.ernie_code": Sample({}, "languages"),
+    "tune.ernie_code": Sample({}, "translations"),
     "modalities.pixels": Sample({"train": dict(_TRAIN), "patch": 8, "font_size": 7, "patches": 32}, "text"),
     "modalities.music": Sample(
         {"length": 512, "widths": [16, 32], "stem": 4, "layers": 1, "each": 2, "steps": 10}

@@ -1,118 +1,14 @@
-"""Test a method as this package tests its own: run it small, load what it saves, look at its certificate, once more in bf16.
-
-For packages that add methods, and for tests/test_matrix.py:
-
-    from modelwright.testing import check_method
-
-    def test_it_trains_and_saves(tmp_path):
-        check_method("tune.my_method", {"train": SHORT}, tmp_path, make="text")
-
-The base is the embedded seedling unless another folder is given. Nothing is downloaded; a run takes a few seconds.
-"""
+"""Made rows, texts and scores: small, without a model, never downloaded."""
 
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
-from modelwright import registry
-from modelwright.core.errors import UserError, did_you_mean
-
-SHORT = {"tokens": 64, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 100, "warmup": 0.0}  # a training run of four rows
-
-
-def check_method(
-    name: str,
-    knobs: dict[str, Any],
-    folder: Path,
-    *,
-    base: str | Path | None = "seedling",
-    make: str = "",
-    bf16: bool = False,
-    loads_in: str = "",
-    seed: int = 0,
-) -> Any:
-    """Run one method into `folder`/out and check what it left; returns the result. AssertionError says what does not hold.
-
-    `make` names data to make first (see MADE); its settings are added to the knobs. A knob with the value BASE gets the base.
-    With `bf16` the base is converted first, and what is saved must be bf16 again. `loads_in` names the stock class expected.
-    """
-    from modelwright.runner.run import run
-
-    entry = registry.entry(name)
-    if "checkpoint" not in (*entry.takes, *entry.may_take):
-        base = None
-    if bf16 and base:
-        base = in_bf16(base, folder / "base")
-    given = dict(knobs) | (made(make, folder) if make else {})
-    given = {k: str(base) if v == "BASE" else v for k, v in given.items()}
-    result = run(name, base=base, to=folder / "out", seed=seed, **given)
-    assert result.to == folder / "out", f"the result is at {result.to}"
-    left = [p.name for p in folder.glob("out.*")]
-    assert not left, f"working folders were left behind: {left}"
-    assert (result.to / "report.html").stat().st_size > 2000, "the report is empty"
-    if result.certificate:
-        _check_model(result, loads_in, bf16)
-    return result
-
-
-def _check_model(result: Any, loads_in: str, bf16: bool) -> None:
-    """A stock class loads the folder; sizes and types are as the certificate and the base say."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    certificate = result.certificate
-    assert certificate["passed"] in (True, None), f"the certificate failed: {certificate}"
-    is_reward = certificate["loads_in"].endswith(("ForSequenceClassification", "RewardModel"))  # ToolRewardModel too
-    model = (AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM).from_pretrained(result.to)
-    expected = loads_in or certificate["loads_in"]
-    assert type(model).__name__ == certificate["loads_in"] == expected, f"loads in {type(model).__name__}, not in {expected}"
-    count = sum(p.numel() for p in model.parameters())
-    assert count == certificate["params_total"], f"{count} parameters, and the certificate says {certificate['params_total']}"
-    odd = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    assert not odd, f"not finite: {odd[:3]}"
-    if bf16:
-        kinds = {_dtype(result.to, n) for n in _names(result.to)}
-        assert kinds <= {"BF16", "I64", "I32", "BOOL"}, f"a bf16 base was saved as {kinds}"
-
-
-def _names(folder: Path) -> Iterable[str]:
-    from modelwright.core.model.checkpoint import Checkpoint
-
-    return Checkpoint(folder).table
-
-
-def _dtype(folder: Path, name: str) -> str:
-    from modelwright.core.model.checkpoint import Checkpoint
-
-    return str(Checkpoint(folder).table[name]["dtype"])
-
-
-def in_bf16(base: str | Path, folder: Path) -> Path:
-    """The same checkpoint with its weights in bf16, tokenizer and all."""
-    import torch
-
-    from modelwright.core.model.checkpoint import Checkpoint
-
-    source = Checkpoint(base)
-    source.model(torch.bfloat16).save_pretrained(folder)
-    for file in source.folder.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and not (folder / file.name).exists() and not file.name.endswith("index.json"):
-            shutil.copyfile(file, folder / file.name)
-    return folder
-
-
-# ---- data that is made, never downloaded -----------------------------------------------------------------------------
-def made(kind: str, folder: Path) -> dict[str, Any]:
-    """Write made data of a kind into `folder`; returns the settings that point to it."""
-    if kind not in MADE:
-        raise UserError(f"no made data is called '{kind}'", how=did_you_mean(kind, MADE))
-    folder.mkdir(parents=True, exist_ok=True)
-    return MADE[kind](folder)
+WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
 
 
 def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> str:
@@ -127,7 +23,7 @@ def _tokens(folder: Path) -> dict[str, Any]:
 
 
 def _text(folder: Path) -> dict[str, Any]:
-    return {"data": write_jsonl(folder / "data.jsonl", ({"text": f"One {w}, two {w}s, three {w}s. " * 6} for w in _WORDS))}
+    return {"data": write_jsonl(folder / "data.jsonl", ({"text": f"One {w}, two {w}s, three {w}s. " * 6} for w in WORDS))}
 
 
 def _chats(folder: Path) -> dict[str, Any]:
@@ -145,7 +41,7 @@ def _domains(folder: Path) -> dict[str, Any]:
     """Chats of two domains, three of one for each of the other, for a model without a chat template."""
     rows = []
     for i in range(24):
-        asked, told = (f"what is {i} and 1", f"it is {i + 1}") if i % 4 else (f"say {_WORDS[i % 12]}", _WORDS[i % 12])
+        asked, told = (f"what is {i} and 1", f"it is {i + 1}") if i % 4 else (f"say {WORDS[i % 12]}", WORDS[i % 12])
         messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
         rows.append({"messages": messages, "domain": "sums" if i % 4 else "talk"})
     return {"data": {"path": write_jsonl(folder / "domains.jsonl", rows), "column": "messages", "chat_template": "turns"}}
@@ -216,14 +112,14 @@ def _pairs(folder: Path) -> dict[str, Any]:
 
 def _judged(folder: Path) -> dict[str, Any]:
     """Pairs for a judge: an instruction, two outputs, and which is better."""
-    rows = [{"input": f"Write the word {w}.", "output_1": w, "output_2": f"I like {w}.", "label": 1} for w in _WORDS[:6]]
+    rows = [{"input": f"Write the word {w}.", "output_1": w, "output_2": f"I like {w}.", "label": 1} for w in WORDS[:6]]
     return {"pairs": write_jsonl(folder / "judged.jsonl", rows)}
 
 
 def _pages(folder: Path) -> dict[str, Any]:
     """Web pages with a menu, a text and a foot."""
     (folder / "pages").mkdir(exist_ok=True)
-    for w in _WORDS:
+    for w in WORDS:
         told = "".join(f"<p>The {w} stood in the {place} and nobody had seen it for many years.</p>" for place in ("yard", "house", "wood"))
         page = f"<html><body><nav>Home | News</nav><article><h1>The {w}</h1>{told}</article><footer>Imprint</footer></body></html>"
         (folder / "pages" / f"{w}.html").write_text(page)
@@ -238,7 +134,7 @@ def _functions(folder: Path) -> dict[str, Any]:
 
 def _answers(folder: Path) -> dict[str, Any]:
     """Two answers to each prompt: a short and a long one."""
-    rows = [{"prompt": f"Say {w}.", "chosen": f" {w}", "rejected": f" I would rather not say {w}."} for w in _WORDS]
+    rows = [{"prompt": f"Say {w}.", "chosen": f" {w}", "rejected": f" I would rather not say {w}."} for w in WORDS]
     return {"data": write_jsonl(folder / "answers.jsonl", rows)}
 
 
@@ -270,32 +166,11 @@ def _recorded(folder: Path) -> dict[str, Any]:
     return {"replay": str(Path(_traces(folder)["data"]).parent)}
 
 
-def _checkpoints(folder: Path) -> dict[str, Any]:
-    """Two checkpoints that could be of one tuning run of the seedling, and its data."""
-    import torch
-
-    from modelwright.core.model.checkpoint import Checkpoint, silence_transformers
-    from modelwright.core.model.writer import copy_companions
-
-    silence_transformers()
-    source, told = Checkpoint("seedling"), []
-    for i in (1, 2):
-        model, g = source.model(torch.float32), torch.Generator().manual_seed(i)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if ".mlp." in name:
-                    p.add_(torch.randn(p.shape, generator=g) * 0.1 * p.std())
-        model.save_pretrained(folder / f"checkpoint-{i}", max_shard_size="5GB")
-        copy_companions(source, folder / f"checkpoint-{i}")
-        told.append(str(folder / f"checkpoint-{i}"))
-    return {"checkpoints": told} | _text(folder)
-
-
 def _questions(folder: Path) -> dict[str, Any]:
     """Questions with two choices and a rationale that tells the rule."""
     rows = (
         {"question": f"Is a {w} in the {p}?", "answer": i % 2 == 0, "rationale": f"The {p} holds every {w if i % 2 == 0 else 'cat'}."}
-        for i, (w, p) in enumerate((w, p) for w in _WORDS for p in ("box", "hall"))
+        for i, (w, p) in enumerate((w, p) for w in WORDS for p in ("box", "hall"))
     )
     return {"data": write_jsonl(folder / "questions.jsonl", rows)}
 
@@ -303,7 +178,7 @@ def _questions(folder: Path) -> dict[str, Any]:
 def _entities(folder: Path) -> dict[str, Any]:
     """Sentences with linked mentions, and a vector for each entity but the last."""
     rows, vectors = [], []
-    for i, w in enumerate(_WORDS):
+    for i, w in enumerate(WORDS):
         rows += [
             {"text": f"We saw the {w} {v}.", "entities": [{"id": f"Q{i}", "start": 11, "end": 11 + len(w)}]} for v in ("today", "again")
         ]
@@ -349,92 +224,25 @@ def _people(folder: Path) -> dict[str, Any]:
     return {"table": str(folder / "people.csv")}
 
 
-def _dynamics(folder: Path) -> dict[str, Any]:
-    """Six recorded runs over eight examples: each example lowers the loss of a test, and the seventh raises it."""
-    import random
-
-    import torch
-
-    from modelwright.core.train.recorder import Recorder
-
-    for run in range(6):
-        recorder = Recorder(folder / f"run-{run}" / "dynamics.parquet")
-        rng, phi = random.Random(run), [2.0, 1.5, 1.8]  # noqa: S311 - made data
-        order = [i for _ in range(3) for i in rng.sample(range(8), 8)]
-        for step in range(13):
-            for m, value in enumerate(phi):
-                recorder.eval(step, f"t{m}", value, 6)
-            if step < 12:
-                seen = order[2 * step : 2 * step + 2]
-                recorder.train(step + 1, 0.01, torch.tensor(seen), torch.tensor([6.0, 6.0]), torch.tensor([6, 6]))
-                phi = [v * (1 - sum(0.01 * (i % 3 + 1 + m) for i in seen if i != 6)) + 0.05 * (6 in seen) for m, v in enumerate(phi)]
-        recorder.close(12)
-    examples = write_jsonl(folder / "examples.jsonl", ({"text": f"One {w}, two {w}s."} for w in _WORDS[:8]))
-    tests = write_jsonl(folder / "tests.jsonl", ({"name": f"t{m}", "text": f"Three {_WORDS[m]}s."} for m in range(3)))
-    return {"runs": [str(folder)], "examples": examples, "tests": tests}
-
-
-def _languages(folder: Path) -> dict[str, Any]:
-    """An untrained T5 with its own tokenizer, texts of two languages, pairs of them."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-
-    there = [{"en": f"The {w} is in the {p}.", "de": f"{w[::-1].title()} war im {p[::-1]}."} for w in _WORDS for p in ("box", "hall")]
-    words, special = Tokenizer(models.BPE()), ["<pad>", "</s>", "<unk>"]
-    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    words.train_from_iterator([t for r in there for t in r.values()], trainers.BpeTrainer(special_tokens=special, show_progress=False))
-    words.add_special_tokens([f"<extra_id_{i}>" for i in reversed(range(20))])
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder / "t5")
-    torch.manual_seed(0)
-    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    config = T5Config(vocab_size=words.get_vocab_size(), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **size)
-    T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
-    pairs = write_jsonl(folder / "pairs.jsonl", there)
-    return {"base": str(folder / "t5"), "mono": {k: {"path": pairs, "column": k} for k in ("en", "de")}, "pairs": {"en-de": pairs}}
-
-
 def _languages(folder: Path) -> dict[str, Any]:
     """Sentences in three languages, two pairs of sentences as in CrowS-Pairs, and a WEAT set; all of it about things."""
     texts = folder / "parallel"
     texts.mkdir()
     forms = {"en": "The {} is here and {} is there.", "de": "Das {} ist hier und {} ist dort.", "fr": "Le {} est ici et {} est là."}
     for language, form in forms.items():
-        lines = [form.format(a, b) for a in _WORDS for b in _WORDS[:2]]
+        lines = [form.format(a, b) for a in WORDS for b in WORDS[:2]]
         (texts / f"test.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows = ["id,sent_more,sent_less,stereo_antistereo,bias_type"]
     rows += [
-        f"{i},The {a} is late again.,The {b} is late again.,stereo,thing" for i, (a, b) in enumerate(zip(_WORDS, _WORDS[1:], strict=False))
+        f"{i},The {a} is late again.,The {b} is late again.,stereo,thing" for i, (a, b) in enumerate(zip(WORDS, WORDS[1:], strict=False))
     ]
     (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
-    groups = {"targ1": _WORDS[:4], "targ2": _WORDS[4:8], "attr1": _WORDS[8:10], "attr2": _WORDS[10:]}
+    groups = {"targ1": WORDS[:4], "targ2": WORDS[4:8], "attr1": WORDS[8:10], "attr2": WORDS[10:]}
     (folder / "things.json").write_text(json.dumps({k: {"category": k, "examples": v} for k, v in groups.items()}))
     return {"parallel": str(texts), "crows": str(folder / "pairs.csv"), "seat": str(folder / "things.json")}
 
 
-def _tones(folder: Path) -> dict[str, Any]:
-    """Short tones, high and low, as wav files with their texts."""
-    import wave
-    from array import array
-
-    rows = []
-    for i in range(16):
-        high = i % 2 == 1
-        pitch = (880 if high else 220) * (1 + (i // 2) / 40)
-        samples = array("h", (round(9000 * math.sin(2 * math.pi * pitch * t / 8000)) for t in range(512)))
-        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(8000)
-            file.writeframes(samples.tobytes())
-        rows.append({"audio": f"{i}.wav", "text": "a high tone" if high else "a low tone"})
-    return {"clips": write_jsonl(folder / "clips.jsonl", rows)}
-
-
-_WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
-MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
+ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
     "tokens": _tokens,
     "chats": _chats,
@@ -451,13 +259,10 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "answers": _answers,
     "traces": _traces,
     "recorded": _recorded,
-    "checkpoints": _checkpoints,
     "questions": _questions,
     "entities": _entities,
     "plugged": _plugged,
     "lessons": _lessons,
     "people": _people,
-    "dynamics": _dynamics,
     "languages": _languages,
-    "tones": _tones,
 }
