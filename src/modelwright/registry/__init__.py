@@ -84,8 +84,8 @@ def hint(name: str) -> str:
 def tuning(name: str) -> Entry:
     """The way to tune called `name`, with or without its family."""
     e = entry(name if "." in name else f"tune.{name}")
-    if e.family != "tune":
-        ways = ", ".join(one.name.split(".")[1] for one in entries() if one.name.startswith("tune."))
+    if e.shape.driver != "tune":
+        ways = ", ".join(one.name.removeprefix("tune.") for one in entries() if one.shape.driver == "tune")
         raise UserError(f"{e.name} is no way to tune", "it does not train", f"choose one of {ways}")
     return e
 

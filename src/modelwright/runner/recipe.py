@@ -218,10 +218,11 @@ def check(recipe: Recipe) -> list[str]:
     for i, step in enumerate(recipe.steps):
         data = getattr(step.knobs, "data", None)
         given = set(have)
-        if data is not None and data.path:
+        if data is not None and (data.path or data.sources):
             given.add("dataset")
-            if os.sep in data.path and not _could_be_hub(data.path) and not Path(data.path).exists():
-                raise UserError(f"no data at {data.path}", f"steps.{i}.{step.entry.name}.data.path names nothing", "check the path")
+        for path in [] if data is None else [data.path or "", *(s.path for s in data.sources)]:
+            if os.sep in path and not _could_be_hub(path) and not Path(path).exists():
+                raise UserError(f"no data at {path}", f"steps.{i}.{step.entry.name}.data names nothing there", "check the path")
         for need in step.entry.takes:
             if need not in given:
                 how = {"checkpoint": "give 'base: FOLDER'", "dataset": "give 'data: {path: FILE, column: NAME}'"}.get(need, "")

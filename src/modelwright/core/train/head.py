@@ -11,14 +11,17 @@ and transforms are the model's own, whatever its class.
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelwright.core.data.rows import IGNORE
+from modelwright.core.train import dist
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+_PROBE = "probe"  # instead of a loss: the logits of head and trunk apart
 _LOGITS = 1 << 25  # held at a time: 128 MB in fp32
 
 
@@ -57,14 +60,14 @@ class ChunkedHead:
     """`model(**inputs, loss_of=(labels, weights, states))` gives (losses, weighted sum) instead of logits."""
 
     @classmethod
-    def install(cls, model: Any) -> "ChunkedHead | None":
+    def install(cls, model: Any) -> "Self | None":
         """None where the head cannot be called alone."""
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
         prefix = core.base_model_prefix or "-"
         for name in (prefix, f"{prefix}.decoder", "decoder"):  # OPT calls model.decoder, T5 has no common trunk
             if name in dict(core.named_modules()):
                 head = cls(core, name)
-                if head._fits():
+                if head._fits(model):
                     return head
                 head.remove()
         return None
@@ -95,6 +98,9 @@ class ChunkedHead:
     def _forward(self, *args: Any, loss_of: Any = None, **inputs: Any) -> Any:
         if loss_of is None:
             return self.original(*args, **inputs)
+        if loss_of is _PROBE:
+            output = self._reached(inputs)
+            return self.logits(output, output[0][0])
         labels, weights, states_of = loss_of
         output = self._reached(inputs)
         states = states_of(output[0])
@@ -123,14 +129,17 @@ class ChunkedHead:
             return self.original(**inputs).logits[0]
 
     def _losses(self, output: Any, states: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        size = max(1, _LOGITS // int(self.core.config.get_text_config().vocab_size))
-        weights = weights.to(states.device).float()
-
         def loss(part: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(output, part).float(), targets, reduction="none")
 
+        return self.weighted(loss, states, labels, weights)
+
+    def weighted(self, loss: Loss, states: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted sum of `loss(states (n, d), targets (n,)) -> (n,)` over chunks of N states, with a gradient; and the losses (N,)."""
+        size = max(1, _LOGITS // int(self.core.config.get_text_config().vocab_size))
+        weights = weights.to(states.device).float()
         if not torch.is_grad_enabled():
-            found = [loss(states[i : i + size], labels[i : i + size]) for i in range(0, len(states), size)]
+            found = [loss(states[i : i + size], targets[i : i + size]) for i in range(0, len(states), size)]
             flat = torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)
             return (flat * weights).sum(), flat
         trunk = {id(p) for p in self._holder[self.name].parameters()}
@@ -138,26 +147,26 @@ class ChunkedHead:
         shared = [] if embedding is None else list(embedding.parameters())
         outside = [p for p in self.core.parameters() if id(p) not in trunk]
         params = [p for p in {id(p): p for p in [*outside, *shared]}.values() if p.requires_grad]
-        return _Weighted.apply(loss, size, states, labels, weights, *params)
+        return _Weighted.apply(loss, size, states, targets, weights, *params)
 
     @torch.no_grad()
-    def _fits(self) -> bool:
-        """Whether head and trunk called apart give what the model gives, on a few tokens."""
-        core, training = self.core, self.core.training
-        core.eval()
-        vocab = int(core.config.get_text_config().vocab_size)
-        ids = torch.arange(4, device=core.device)[None] % vocab
+    def _fits(self, model: Any) -> bool:
+        """Whether head and trunk called apart give what the model gives, on a few tokens.
+
+        It is called as a module, so that sharded weights are put together.
+        """
+        core, training = self.core, model.training
+        model.eval()
+        ids = torch.arange(4, device=core.device)[None] % int(core.config.get_text_config().vocab_size)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if core.config.is_encoder_decoder else {})
         try:
-            whole = self.original(**inputs).logits[0].float()
-            output = self._reached(inputs)
-            return torch.allclose(
-                self.logits(output, output[0][0]).float(), whole, atol=1e-3 * float(whole.abs().max() + 1), equal_nan=True
-            )
+            whole, apart = model(**inputs).logits[0].float(), model(**inputs, loss_of=_PROBE).float()
+            return torch.allclose(apart, whole, atol=1e-3 * float(whole.abs().max() + 1), equal_nan=True)
         except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError):
             return False
         finally:
-            core.train(training)
+            model.train(training)
+            dist.reshard(model)
 
 
 class _Weighted(torch.autograd.Function):

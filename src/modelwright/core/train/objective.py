@@ -199,11 +199,9 @@ class RankedPairs(Objective):
         return pairs_together(rows)
 
     def inputs(self, batch: dict[str, Tensor]) -> dict[str, Any]:
-        ids, seen = batch["input_ids"], batch["attention_mask"].bool()
-        other = (self._pad + 1) % int(self.config.get_text_config().vocab_size)
-        # transformers finds the last token by the padding id: inside a text it must not stand, outside nothing else may
-        ids = torch.where(seen & (ids == self._pad), other, ids)
-        return {"input_ids": torch.where(seen, ids, self._pad), "attention_mask": batch["attention_mask"]}
+        # transformers reads the last token that is not padding; where padding and end token are one, that is the token before
+        ids = torch.where(batch["attention_mask"].bool(), batch["input_ids"], self._pad)
+        return {"input_ids": ids, "attention_mask": batch["attention_mask"]}
 
     def forward(self, model: Any, batch: dict[str, Tensor], weights: Tensor) -> Outputs:
         rewards = model(**self.inputs(batch)).logits[:, 0].float()

@@ -9,12 +9,9 @@ from torch import Tensor
 
 from modelwright.core.data.rows import IGNORE
 from modelwright.core.errors import UserError
-from modelwright.core.train import dist
-from modelwright.core.train.head import _LOGITS, ChunkedHead, _Weighted
+from modelwright.core.train.head import ChunkedHead
 from modelwright.core.train.objective import NextToken, Outputs
 from modelwright.core.train.technique import LossTerm
-
-_PROBE = "probe"
 
 
 @dataclass
@@ -42,27 +39,13 @@ class MixTerm(LossTerm):
 class MixHead(ChunkedHead):
     """The chunked head, which gives the loss of the mixed states too."""
 
-    @classmethod
-    def install(cls, model: Any) -> "MixHead | None":
-        core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        prefix = core.base_model_prefix or "-"
-        for name in (prefix, f"{prefix}.decoder"):
-            if name in dict(core.named_modules()):
-                head = cls(core, name)
-                if head._gives_what(model):
-                    return head
-                head.remove()
-        return None
-
     def _reached(self, inputs: dict[str, Any]) -> Any:
         self._output = super()._reached(inputs)
         return self._output
 
     def _forward(self, *args: Any, loss_of: Any = None, **inputs: Any) -> Any:
-        if loss_of is None:
-            return super()._forward(*args, **inputs)
-        if loss_of is _PROBE:
-            return self.logits(self._reached(inputs), self._output[0][0])
+        if not isinstance(loss_of, tuple):
+            return super()._forward(*args, loss_of=loss_of, **inputs)
         labels, weights, states_of, mix = loss_of
         states: list[Tensor] = []
 
@@ -75,26 +58,11 @@ class MixHead(ChunkedHead):
         self._output = None
         return losses, total, mixed
 
-    @torch.no_grad()
-    def _gives_what(self, model: Any) -> bool:
-        """Whether head and trunk apart give what the model gives. It is called as a module, so that sharded weights are put together."""
-        training = model.training
-        ids = torch.arange(4, device=self.core.device)[None] % int(self.core.config.get_text_config().vocab_size)
-        model.eval()
-        try:
-            whole, apart = model(input_ids=ids).logits[0].float(), model(input_ids=ids, loss_of=_PROBE).float()
-            return torch.allclose(apart, whole, atol=1e-3 * float(whole.abs().max() + 1), equal_nan=True)
-        except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError):
-            return False
-        finally:
-            model.train(training)
-            dist.reshard(model)
-
     def _mixed(self, states: Tensor, labels: Tensor, c: Tensor, u: Tensor, lam: Tensor) -> Tensor:
         """Summed loss of the tokens that mix the states (N, d) at c with those at u, c in the share lam; all (M,)."""
         if not len(c):
             return 0 * states.sum().float()
-        output, size = self._output, max(1, _LOGITS // int(self.core.config.get_text_config().vocab_size))
+        output = self._output
         z = (lam[:, None] * states[c].float() + (1 - lam[:, None]) * states[u].float()).to(states.dtype)  # (M, d)
 
         def loss(part: Tensor, at: Tensor) -> Tensor:
@@ -102,13 +70,7 @@ class MixHead(ChunkedHead):
             both = (g.gather(1, labels[w[at]][:, None])[:, 0] for w in (c, u))
             return g.logsumexp(1) - lam[at] * next(both) - (1 - lam[at]) * next(both)
 
-        trunk = {id(p) for p in self._holder[self.name].parameters()}
-        embedding = self.core.get_output_embeddings()
-        outside = [p for p in self.core.parameters() if id(p) not in trunk]
-        shared = [] if embedding is None else list(embedding.parameters())
-        params = [p for p in {id(p): p for p in [*outside, *shared]}.values() if p.requires_grad]
-        ones = torch.ones(len(c), device=z.device)
-        return _Weighted.apply(loss, size, z, torch.arange(len(c), device=z.device), ones, *params)[0]
+        return self.weighted(loss, z, torch.arange(len(c), device=z.device), torch.ones(len(c)))[0]
 
 
 class Mixing(NextToken):
