@@ -139,7 +139,12 @@ ROWS: dict[str, Row] = {
         families=("seedling",),
         data="chats",
     ),
-    "tune.sftmix": Row({"train": _TRAIN}, ("tests/tune/test_sftmix.py",), families=(*DENSE, "gpt2", "gemma2", "mixtral"), data=True),
+    "tune.sftmix": Row(
+        {"train": _TRAIN},
+        ("tests/tune/test_sftmix.py", "tests/tune/test_mixed_processes.py"),
+        families=(*DENSE, "gpt2", "gemma2", "mixtral"),
+        data=True,
+    ),
     "tune.moi": Row(
         {"train": _TRAIN | {"context": 96}, "systems": {"sums": "You add.", "talk": "You talk."}},
         ("tests/tune/test_moi.py",),
@@ -148,7 +153,7 @@ ROWS: dict[str, Row] = {
     ),
     "tune.spiel": Row(
         {"train": _TRAIN, "rank": 1, "reselect": 2, "window": 1},
-        ("tests/tune/test_spiel.py",),
+        ("tests/tune/test_spiel.py", "tests/tune/test_mixed_processes.py"),
         families=(*DENSE, "gpt2", "phi3", "mixtral"),
         data=True,
     ),
