@@ -282,6 +282,6 @@ def test_the_data_of_the_alignment_recipes_prefers_right_answers(tmp_path: Path,
     assert examples.again(prompts, [p["rejected"] for p in pairs]) == [-2.0] * 20
     assert examples.again(["Say a b:"], [" a"]) == [0.5]
     monkeypatch.chdir(tmp_path)
-    for name in ("align-reward", "align-dpo"):
+    for name in ("align", "align-dpo"):
         recipe.check(recipe.read(name))
-    assert [s.entry.name for s in recipe.read("align-ppo").steps] == ["tune.full", "rl.ppo"]
+    assert [s.entry.name for s in recipe.read("align").steps] == ["tune.full", "reward.train", "rl.ppo"]

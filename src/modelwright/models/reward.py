@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -148,7 +147,6 @@ def _read(values: Tensor, at: Tensor) -> Tensor:
 
 AutoConfig.register("reward_model", RewardConfig)
 AutoModelForSequenceClassification.register(RewardConfig, RewardModel)
-setattr(transformers, RewardModel.__name__, RewardModel)  # where a checkpoint's `architectures` is looked up
 
 
 # ---- from a decoder and back -------------------------------------------------------------------------------------------

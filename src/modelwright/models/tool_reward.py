@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -72,7 +71,6 @@ class ToolRewardModel(PreTrainedModel):
 
 AutoConfig.register("tool_reward_model", ToolRewardConfig)
 AutoModelForSequenceClassification.register(ToolRewardConfig, ToolRewardModel)
-setattr(transformers, ToolRewardModel.__name__, ToolRewardModel)  # where a checkpoint's `architectures` is looked up
 
 
 def tool_reward_model(core: Any, pad_token_id: int | None) -> ToolRewardModel:

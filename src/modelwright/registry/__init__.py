@@ -18,6 +18,7 @@ from typing import Any
 from modelwright.core.errors import UserError, did_you_mean, short, shown
 from modelwright.core.knobs import Tune, build, knob
 from modelwright.registry.entry import (
+    ALIGNS,
     CREATES,
     CURATES,
     GATHERS,
@@ -28,6 +29,7 @@ from modelwright.registry.entry import (
     PROBES,
     REFINES,
     RESHAPES,
+    REWARDS,
     SCORES,
     SERVES,
     STOCK,
@@ -42,6 +44,7 @@ from modelwright.registry.plugins import installed
 from modelwright.registry.table import ALIASES, FAMILIES, METHODS
 
 __all__ = [
+    "ALIGNS", "REWARDS",
     "ALIASES", "CREATES", "CURATES", "FAMILIES", "GATHERS", "INSPECTS", "JUDGES", "MEASURES", "METHODS", "OURS", "PROBES", "REFINES",
     "RESHAPES", "SCORES", "SERVES", "STOCK", "TEACHES", "TUNES", "WRITES", "Entry", "Shape", "doc", "entries", "entry", "families",
     "hint", "knobs", "load", "method", "mixed", "problems", "techniques", "techniques_named", "tuning",

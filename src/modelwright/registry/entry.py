@@ -22,7 +22,7 @@ def source_of(module: str) -> Path:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kind of method takes and gives: checkpoint, dataset, scores. One that gives nothing only measures."""
+    """What a kind of method takes and gives: checkpoint, dataset, reward (a reward model), scores. One that gives nothing only measures."""
 
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
@@ -78,6 +78,8 @@ TUNES = Shape(takes=("checkpoint", "dataset"), gives=("checkpoint",), loads_in=S
 GATHERS = Shape(  # trains, and names its own sources
     takes=("checkpoint",), may_take=("dataset",), gives=("checkpoint",), loads_in=STOCK, driver="tune"
 )
+REWARDS = Shape(takes=("checkpoint", "dataset"), gives=("reward",), loads_in=STOCK, driver="tune")  # the checkpoint stays what it was
+ALIGNS = Shape(takes=("checkpoint", "dataset"), may_take=("reward",), gives=("checkpoint",), loads_in=STOCK, driver="tune")
 CURATES = Shape(gives=("dataset",), loads_in="datasets", driver="curate")
 REFINES = Shape(takes=("dataset",), gives=("dataset",), loads_in="datasets", driver="curate")
 WRITES = Shape(may_take=("dataset",), gives=("dataset",), loads_in="datasets")  # a model writes or judges rows

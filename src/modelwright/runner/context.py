@@ -45,14 +45,17 @@ class Run:
     progress: Progress
     checkpoint: Path | None = None
     dataset: Path | None = None
+    reward: Path | None = None  # a reward model
     history: list[dict[str, Any]] = field(default_factory=list)
     base_fingerprint: str | None = None
     processes: int = 1  # that train together
     tuned: int = 0  # tuning steps so far, earlier runs included
 
 
-def with_dataset(r: Run, knobs: Any) -> Any:
-    """A step's knobs, reading what an earlier step curated where they name no data."""
+def with_artifacts(r: Run, knobs: Any) -> Any:
+    """A step's knobs, reading what an earlier step curated where they name no data, and the reward model that one trained."""
     if isinstance(getattr(knobs, "data", None), Data) and not knobs.data.path and r.dataset:
-        return replace(knobs, data=replace(knobs.data, path=str(r.dataset), column=knobs.data.column or "text"))
+        knobs = replace(knobs, data=replace(knobs.data, path=str(r.dataset), column=knobs.data.column or "text"))
+    if r.reward and getattr(knobs, "reward", "") is None and not getattr(knobs, "reward_function", None):
+        return replace(knobs, reward=str(r.reward))
     return knobs

@@ -6,7 +6,7 @@ from typing import Any
 
 from modelwright import registry
 from modelwright.core.step import EvalResult, StepContext
-from modelwright.runner.context import Run, with_dataset
+from modelwright.runner.context import Run, with_artifacts
 from modelwright.runner.recipe import Step
 
 
@@ -19,5 +19,5 @@ def measure(r: Run, step: Step, folder: Path) -> dict[str, Any]:
         silence_transformers()
         source = Checkpoint(r.checkpoint)
     job = StepContext(folder, r.recipe.seed, r.progress, source, registry.techniques_named)
-    found: EvalResult = registry.load(step.entry)(with_dataset(r, step.knobs), job)
+    found: EvalResult = registry.load(step.entry)(with_artifacts(r, step.knobs), job)
     return {f.name: getattr(found, f.name) for f in fields(found)}

@@ -12,13 +12,13 @@ from modelwright.core.model.certificate import certify, require_same_when_reload
 from modelwright.core.model.checkpoint import Checkpoint, check_vocabulary, silence_transformers
 from modelwright.core.model.classes import config_of, disk_shapes
 from modelwright.core.model.writer import Blueprint, staging, write_model, write_tensors
-from modelwright.runner.context import Run, with_dataset
+from modelwright.runner.context import Run, with_artifacts
 from modelwright.runner.recipe import Step
 
 
 def reshape(r: Run, step: Step, folder: Path) -> dict[str, Any]:
     silence_transformers()
-    save, knobs = r.recipe.save, with_dataset(r, step.knobs)
+    save, knobs = r.recipe.save, with_artifacts(r, step.knobs)
     source = Checkpoint(r.checkpoint) if r.checkpoint and "checkpoint" in step.entry.takes else None
     if source:
         check_vocabulary(source.tokenizer(), int(source.hf_config.get_text_config().vocab_size), source.folder)

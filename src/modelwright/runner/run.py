@@ -187,6 +187,8 @@ def _run_steps(r: Run, to: Path | None) -> Result:
             shutil.rmtree(state)
         if "checkpoint" in step.entry.gives:
             r.checkpoint = folder / "result"
+        if "reward" in step.entry.gives:
+            r.reward = folder / "result"
         r.tuned += step.entry.family == "tune"
         if "dataset" in step.entry.gives:
             r.dataset = folder / "dataset.jsonl"
@@ -283,6 +285,8 @@ def _publish(r: Run, result: Result, to: Path) -> None:
         "versions": versions(),
     }
     folder = r.checkpoint if r.checkpoint and r.checkpoint.is_relative_to(r.work) else last
+    if "reward" in recipe.steps[-1].entry.gives:
+        folder = last / "result"
     made = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jsonl") and p.name not in _NOTES]
     lineage["files"] = {p.name: fingerprint(p) for p in made if p.is_file()}
     small = r.work / "steps"

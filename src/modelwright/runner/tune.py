@@ -28,7 +28,7 @@ from modelwright.core.train.technique import Technique, combine, environment
 from modelwright.core.train.trainer import forward
 from modelwright.moe.watch import domain_plot, watch
 from modelwright.runner import recipe
-from modelwright.runner.context import Run, with_dataset
+from modelwright.runner.context import Run, with_artifacts
 from modelwright.runner.processes import PROGRESS, train_apart
 from modelwright.runner.recipe import Save, Step
 
@@ -39,7 +39,7 @@ Say = Callable[[dict[str, Any]], None]
 def tune(r: Run, step: Step, folder: Path) -> dict[str, Any]:
     """Train, save and certify; what is in `folder` of a stopped run is taken up."""
     silence_transformers()
-    step = replace(step, knobs=with_dataset(r, step.knobs))
+    step = replace(step, knobs=with_artifacts(r, step.knobs))
     assert r.checkpoint
     source = Checkpoint(r.checkpoint)
     shutil.rmtree(folder / "result", ignore_errors=True)
@@ -222,7 +222,7 @@ def _write(
 ) -> None:
     """The plain model, in the type of the source; plots of the routers; what rounding took; where generation stops."""
     model = outcome.model
-    if any(p.role == "router" for p in Anatomy(source.skeleton)):
+    if all(t.same_kind for t in techniques) and any(p.role == "router" for p in Anatomy(source.skeleton)):
         entry["plots"] += routing_plots(model, texts, batch)
     for t in techniques:
         model = t.export(model, folder)

@@ -49,6 +49,10 @@ class Lora(Technique):
         known = Technique.supports - {"lora"}
         return known - {"fsdp2", "ep"} | {"4bit"} if self.knobs.quantize != "none" else known
 
+    @property
+    def loads(self) -> bool:  # type: ignore[override]
+        return self.knobs.quantize != "none"
+
     def load(self, source: Any, dtype: Any) -> Any:
         if self.knobs.quantize == "none":
             return None

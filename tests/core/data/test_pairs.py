@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from modelwright.core.data.encode import shared_prompt
 from modelwright.core.data.make import make_rows
@@ -35,6 +36,8 @@ def test_a_row_holds_both_answers_behind_their_prompt(tokenizer: Any, tmp_path: 
         assert tokenizer.decode(ids, skip_special_tokens=True) == "How are you?" + answer
         assert tokenizer.decode(ids[begin:], skip_special_tokens=True) == answer
         assert ids[-1] == tokenizer.eos_token_id
+    batch = pairs_together([row, {"length": torch.tensor(0), "example_id": -1}])  # one that fills up a batch counts for nothing
+    assert batch["labels"][1].tolist() == [-100, -100] and not batch["real"][[1, 3]].any()
     batch = pairs_together([row, row])
     assert batch["input_ids"].shape[0] == 4 and batch["labels"].shape == (2, 2)
     assert int(batch["answer"][0].sum()) == len(row["chosen"]) - row["chosen_from"]

@@ -49,6 +49,10 @@ def model_class(config: Any) -> Any:
                     "correct one of the two",
                 )
             return found
+    for family in ("AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel"):  # classes that are registered there alone
+        known = getattr(transformers, family)._model_mapping.get(type(config), None)
+        if isinstance(known, type) and known.__name__ in named:
+            return known
     try:
         return transformers.AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:

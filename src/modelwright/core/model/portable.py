@@ -121,7 +121,9 @@ def card_metadata(base: str | None, base_folder: Path | None, steps: list[dict[s
     others = [o for s in steps for o in s["knobs"].get("others") or []]
     bases = [b for b in (base, *others) if _on_hub(b)] or _list(card.get("base_model"))
     datasets = _list(card.get("datasets")) + [d for s in steps for d in _paths(s["knobs"].get("data")) if _on_hub(d)]
-    ours = loads_in.startswith(("RMoE", "HyperMoE", "LoraMoe"))
+    import transformers
+
+    ours = not hasattr(transformers, loads_in)
     found: dict[str, Any] = {
         "library_name": "modelwright" if ours else "transformers",  # what must be imported before the class loads
         "tags": ["modelwright", *dict.fromkeys(s["step"] for s in steps)] + (["merge"] if others else []),

@@ -220,7 +220,8 @@ def pairs_together(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
     labels (B, 2): one target a pair; `real` (2B, T).
     """
-    both = [(r[k][: int(r["length"])], int(r.get(f"{k}_from", 0))) for k in ("chosen", "rejected") for r in rows]
+    none = torch.zeros(0, dtype=torch.long)  # a row that fills up a batch
+    both = [(r.get(k, none)[: int(r["length"])], int(r.get(f"{k}_from", 0))) for k in ("chosen", "rejected") for r in rows]
     ids, real = _padded([t for t, _ in both], 0), _padded([torch.ones_like(t) for t, _ in both], 0)
     used = torch.tensor([r["example_id"] >= 0 for r in rows])
     labels = torch.where(used, 0, IGNORE)[:, None]

@@ -97,6 +97,7 @@ class Technique:
     source: Any = None  # the checkpoint that is tuned: a frozen reference can be loaded from it
     steps = 0  # optimizer steps of the run
     optimizer: Any = None  # set once it is made
+    loads = True  # whether its `load`, where it has one, is used with these settings
 
     def load(self, source: Any, dtype: Any) -> Any:
         """The model to train, where it is not `source.model(dtype)`: another class, another head. None leaves it to that."""
@@ -205,7 +206,7 @@ def environment(model: Any, train: Train) -> set[str]:
 def combine(techniques: list[Technique], environment: set[str]) -> None:
     """Raise UserError for techniques that do not work together or in this environment; called again after selection."""
     for part, why in _ONE.items():
-        makers = [t.name for t in techniques if overrides(t, part)]
+        makers = [t.name for t in techniques if overrides(t, part) and (part != "load" or t.loads)]
         if len(makers) > 1:
             raise UserError(f"{' and '.join(makers)} do not combine", why, "choose one of them")
     for t in techniques:

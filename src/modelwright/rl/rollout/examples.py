@@ -51,7 +51,7 @@ def rows(count: int, seed: int) -> list[dict[str, str]]:
 
 
 def write(folder: Path, count: int = 600) -> None:
-    """The three files of the recipes align-reward, align-ppo and align-dpo."""
+    """The three files of the recipes align and align-dpo."""
     folder.mkdir(parents=True, exist_ok=True)
     taught = [{"prompt": r["prompt"], "completion": r[("chosen", "rejected")[i % 2]]} for i, r in enumerate(rows(count, 0))]
     files = {"sft": taught, "pairs": rows(count, 1), "prompts": [{"prompt": r["prompt"]} for r in rows(count, 2)]}
