@@ -78,6 +78,12 @@ def test_the_checkpoint_answers_where_no_answers_are_recorded(tmp_path: Path) ->
     assert len((result.to / "student.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_student_without_room_for_an_answer_is_told_so(tmp_path: Path) -> None:
+    given = made("lessons", tmp_path) | {"response": "", "answer_tokens": 100_000}
+    with pytest.raises(UserError, match="answered no task, because the first failed with 'too long'; lower --answer-tokens"):
+        run("curate.instructors", base="seedling", to=tmp_path / "out", **given)
+
+
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [

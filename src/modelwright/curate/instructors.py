@@ -159,6 +159,8 @@ def _responses(tasks: list[Task], knobs: Knobs, job: StepContext) -> list[str | 
     student = Kept(Local(job.source, batch=knobs.batch, seed=job.seed), job.folder / "student.jsonl")
     with job.progress.task("student", len(tasks)) as tick:
         answers = Desk(student, tick)(to_student(kind, question_of(kind, row), knobs.answer_tokens) for _, kind, row in tasks)
+    if all(a.failed for a in answers):
+        raise UserError("the student answered no task", f"the first failed with '{answers[0].status}'", "lower --answer-tokens")
     return [None if a.failed else a.text for a in answers]
 
 
