@@ -210,6 +210,28 @@ def test_accumulated_steps_are_whole_ones(tmp_path: Path) -> None:
     assert torch.allclose(*found, atol=1e-5)
 
 
+def test_a_stopped_run_goes_on_to_the_same_average(tmp_path: Path) -> None:
+    waves = torch.randn(8, 96, generator=torch.Generator().manual_seed(0))
+    rows = d.WaveRows(waves, [0, 1] * 4, [torch.ones(2, 12), torch.zeros(1, 12)], {})
+    train = Train(batch=4, epochs=2, lr=1e-2, warmup=0.0, save_every=2, record=False)
+
+    def go(folder: Path, stop: int | None = None) -> d.Average:
+        average, fresh = d.Average(0.9), unet()
+
+        def tick(step: int, of: int) -> None:
+            if step == stop:
+                raise InterruptedError
+
+        fit(fresh, rows, train, techniques=[average], evals={}, folder=folder, seed=0, tick=tick, objective=d.Diffusion(fresh, 0))
+        return average
+
+    whole = go(tmp_path / "a")
+    with pytest.raises(InterruptedError):
+        go(tmp_path / "b", stop=3)
+    again = go(tmp_path / "b")
+    assert again.count == whole.count == 4 and all(torch.equal(again.mean[n], m) for n, m in whole.mean.items())
+
+
 # ---- files -------------------------------------------------------------------------------------------------------------
 def write_wav(file: Path, x: np.ndarray, rate: int = 8000, channels: int = 1, width: int = 2) -> None:
     with wave.open(str(file), "wb") as f:
