@@ -142,6 +142,7 @@ def trained(pairs: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_the_trained_model_calls_its_tool_and_scores_what_comes_back(trained: Any, pairs: str) -> None:
     assert trained.certificate["loads_in"] == "ToolRewardModel"
     reward = ToolReward(trained.to, toolbox(), max_new_tokens=120)
@@ -155,21 +156,31 @@ def test_the_trained_model_calls_its_tool_and_scores_what_comes_back(trained: An
         assert v.trace.count(OBSERVATION) == 1 and r["id"]
 
 
-def test_no_more_tools_are_called_than_allowed(trained: Any, pairs: str) -> None:
+@pytest.fixture(scope="module")
+def untrained(pairs: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tool reward model that has learnt nothing yet."""
+    folder = tmp_path_factory.mktemp("untrained")
+    technique, model, _, _ = ready(pairs)
+    model.save_pretrained(folder)
+    technique.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_no_more_tools_are_called_than_allowed(untrained: Path, pairs: str) -> None:
     r = json.loads(Path(pairs).read_text())[0]
-    none = ToolReward(trained.to, toolbox(), calls=0, max_new_tokens=60).judge(r["question"], "It is Monday")
+    none = ToolReward(untrained, toolbox(), calls=0, max_new_tokens=8).judge(r["question"], "It is Monday")
     assert none.calls == 0 and "<start_work>" in none.trace
 
 
-def test_judging_pairs_is_a_step(trained: Any, pairs: str, tmp_path: Path) -> None:
-    done = modelwright.run("reward.themis", base=str(trained.to), to=tmp_path / "out", pairs=pairs, limit=2, max_new_tokens=80)
+def test_judging_pairs_is_a_step(untrained: Path, pairs: str, tmp_path: Path) -> None:
+    done = modelwright.run("reward.themis", base=str(untrained), to=tmp_path / "out", pairs=pairs, limit=2, max_new_tokens=8)
     found = done.plain()["metrics"]["judged"]
     assert found["pairs"] == 2 and found["traces"] == 4 and len((tmp_path / "out" / "verdicts.jsonl").read_text().splitlines()) == 2
 
 
-def test_training_goes_on_from_a_tool_reward_model(trained: Any) -> None:
+def test_training_goes_on_from_a_tool_reward_model(untrained: Path) -> None:
     technique = ThemisTrain(Knobs())
-    assert isinstance(technique.load(Checkpoint(trained.to), torch.float32), ToolRewardModel) and technique.new_tokens == 0
+    assert isinstance(technique.load(Checkpoint(untrained), torch.float32), ToolRewardModel) and technique.new_tokens == 0
 
 
 def test_what_cannot_write_traces_is_refused(tiny: Any, pairs: str) -> None:
