@@ -1,5 +1,6 @@
 """A recipe under way, and what it gives."""
 
+import json
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
@@ -55,7 +56,9 @@ class Run:
 def with_artifacts(r: Run, knobs: Any) -> Any:
     """A step's knobs, reading what an earlier step curated where they name no data, and the reward model that one trained."""
     if isinstance(getattr(knobs, "data", None), Data) and not knobs.data.path and r.dataset:
-        knobs = replace(knobs, data=replace(knobs.data, path=str(r.dataset), column=knobs.data.column or "text"))
+        with r.dataset.open(encoding="utf-8") as file:
+            usual = "text" if "text" in json.loads(file.readline() or "{}") else None  # else the layout is recognised
+        knobs = replace(knobs, data=replace(knobs.data, path=str(r.dataset), column=knobs.data.column or usual))
     if r.reward and getattr(knobs, "reward", "") is None and not getattr(knobs, "reward_function", None):
         return replace(knobs, reward=str(r.reward))
     return knobs

@@ -28,6 +28,7 @@ from modelwright.runner.context import Result, Run
 from modelwright.runner.processes import follows, launched
 from modelwright.runner.recipe import Recipe, Step, check, parse
 
+_WORTH = ("*/checkpoint-*", "*/done.json", "*/answers.jsonl")  # states, finished steps, answers that were paid for
 _WORKING = ("key", "settings.json", "done.json")  # of a step's folder, not of a result
 _NOTES = (*_WORKING, "report.json", LINEAGE)  # written after the files of a result are counted
 _MARK = "process"  # the file that makes a working folder ours; it holds the number of the process that works there
@@ -118,7 +119,7 @@ def _run(recipe: Recipe, progress: Progress | None, keep: bool, processes: int) 
         with disk_errors(r.work):
             return _run_steps(r, to)
     except UserError:
-        if not any(r.work.glob("*/checkpoint-*")) and not any(r.work.glob("*/done.json")):  # nothing worth resuming: leave no trace
+        if not any(found for what in _WORTH for found in r.work.glob(what)):  # nothing worth resuming: leave no trace
             _remove_own(work)
         raise
     finally:
@@ -293,8 +294,10 @@ def _publish(r: Run, result: Result, to: Path) -> None:
     shutil.rmtree(small, ignore_errors=True)
     for i, step in enumerate(recipe.steps):
         (small / f"{i}-{step.entry.name}").mkdir(parents=True)
-        for name in ("done.json", "dynamics.parquet", "log.jsonl", "removed.jsonl", "adapter"):
+        for name in ("done.json", "dynamics.parquet", "log.jsonl", "removed.jsonl", "dataset.jsonl", "adapter"):
             source = r.work / f"{i}-{step.entry.name}" / name
+            if name == "dataset.jsonl" and source.parent == folder:  # it is the result itself
+                continue
             if source.is_dir():
                 shutil.copytree(source, small / f"{i}-{step.entry.name}" / name)
             elif source.exists():
