@@ -21,7 +21,8 @@ copied once per mask that has them, so the file may grow: see `memory` in the fa
 
 With top_k 1 the coefficient is always 1, so the language model's loss does not train the router: it stays where k-means put it, but for the
 balance. `how` magnitude and random are the controls: masks made once, at the start, by |W_down| |W_up| or by lot.
-A pilot on a model that was still learning found no gain over random pruning at 50 %: compare with the controls before you rely on it.
+On stories260K, in 48 steps, learnt masks lose far more than either control: 4.05 nats per token at half of the neurons, against 1.93
+by magnitude and 1.95 at random (dense 1.19). Whether longer training changes this is not known: compare with the controls.
 """
 
 import math
