@@ -21,10 +21,11 @@ from modelwright.core.data.rows import IGNORE, Rows
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.model.checkpoint import Checkpoint
+from modelwright.core.train import head
 from modelwright.core.train.objective import NextToken
 from modelwright.core.train.recorder import SCHEMA
 from modelwright.tune import full, migu
-from modelwright.tune.mixing import confidence, states
+from modelwright.tune.mixing import confidence
 from modelwright.tune.mixing.confidence import recorded
 from modelwright.tune.mixing.pairs import PairedRows, examples_of, halves
 from modelwright.tune.mixing.states import Mixing
@@ -87,7 +88,7 @@ def dense(model: Any, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "granite"])
 @pytest.mark.parametrize("several", [False, True], ids=["padded", "packed"])
 def test_cheap_form_and_its_gradients_are_those_of_dense_soft_labels(kind: str, several: bool, monkeypatch: Any) -> None:
-    monkeypatch.setattr(states, "_LOGITS", 96 * 5)  # chunks of five tokens
+    monkeypatch.setattr(head, "_LOGITS", 96 * 5)  # chunks of five tokens
     model = model_of(kind)
     objective, batch = batch_of(model, answers(several=several))
     assert len(batch["mix_c"]) > 10 and 0 < float(batch["mix_lam"].min()) < float(batch["mix_lam"].max()) < 1

@@ -55,7 +55,7 @@ class Run:
 
 def with_artifacts(r: Run, knobs: Any) -> Any:
     """A step's knobs, reading what an earlier step curated where they name no data, and the reward model that one trained."""
-    if isinstance(getattr(knobs, "data", None), Data) and not knobs.data.path and r.dataset:
+    if isinstance(getattr(knobs, "data", None), Data) and not knobs.data.path and not knobs.data.sources and r.dataset:
         with r.dataset.open(encoding="utf-8") as file:
             usual = "text" if "text" in json.loads(file.readline() or "{}") else None  # else the layout is recognised
         knobs = replace(knobs, data=replace(knobs.data, path=str(r.dataset), column=knobs.data.column or usual))

@@ -189,7 +189,7 @@ def parse(raw: Any, root: Path = Path("."), name: str = "recipe") -> Recipe:
 def read(path: str | Path, sets: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe in a YAML file (or a ready one by name), with `--set` overrides applied."""
     file = expanded(path)
-    if not file.exists() and (ready := ready_recipes().get(str(path))):
+    if not file.is_file() and (ready := ready_recipes().get(str(path))):
         file = ready
     if not file.is_file():
         raise UserError(f"no recipe at {path}", how=did_you_mean(str(path), ready_recipes()))
