@@ -128,8 +128,9 @@ class MaskedTokens(Objective):
         return batch
 
     def prepare(self, batch: dict[str, Tensor], step: int) -> None:
-        ids, words = batch["whole"], batch["real"] & ~torch.isin(batch["whole"], self._special)
-        draws = torch.stack([self._draw(int(e), step, ids.shape[1]) for e in batch["example_id"]])  # (B, 3, T)
+        ids = batch["whole"]
+        words = batch["real"] & ~torch.isin(ids, self._special.to(ids.device))
+        draws = torch.stack([self._draw(e, step, ids.shape[1]) for e in batch["example_id"].tolist()]).to(ids.device)  # (B, 3, T)
         chosen = words & (draws[:, 0] < self.mask_share)
         other = (draws[:, 2] * int(self.config.vocab_size)).long().clamp(max=int(self.config.vocab_size) - 1)
         hidden = torch.where(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer as HFTrainer
 
 from modelwright.core.data.rows import IGNORE
+from modelwright.core.errors import UserError
 from modelwright.core.knobs import Train
 from modelwright.core.train import dist
 from modelwright.core.train.objective import NextToken, Objective
@@ -138,6 +139,10 @@ class Trainer(HFTrainer):
         """Give each technique its parameter groups and the optimizer."""
         for t in self.techniques:
             for group in t.groups(self._named()):
+                if group.get("maximize") and "maximize" not in self.optimizer.defaults:
+                    raise UserError(
+                        f"{t.name} does not go with this optimizer", "it has values that rise, and the optimizer only lowers", "use adamw"
+                    )
                 own = {id(p) for p in group["params"]}
                 for g in self.optimizer.param_groups:
                     g["params"] = [p for p in g["params"] if id(p) not in own]
