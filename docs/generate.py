@@ -46,7 +46,7 @@ def results() -> dict[str, dict[str, Any]]:
 @cache
 def verdicts() -> dict[str, Any]:
     """docs/verdicts.yaml; the claims of a method in the order in which they are shown."""
-    found = yaml.safe_load((ROOT / "docs" / "verdicts.yaml").read_text())
+    found = recipes.read_yaml((ROOT / "docs" / "verdicts.yaml").read_text(), "docs/verdicts.yaml")  # a name twice would hide claims
     for claims in found["claims"].values():
         claims.sort(key=lambda c: VERDICTS.index(c["verdict"]))
     return found
