@@ -161,3 +161,16 @@ def test_a_finished_measurement_is_found_again_and_a_changed_one_is_noticed(tmp_
     (tmp_path / "out" / "report.json").write_text("{")
     with pytest.raises(modelwright.UserError, match="damaged"):
         modelwright.run("judge.select", to=tmp_path / "out", **knobs)
+
+
+def test_states_that_are_kept_become_experts(tiny, tmp_path: Path) -> None:
+    from modelwright.testing import made
+
+    train = {"tokens": 256, "batch": 2, "context": 16, "lr": 1e-2, "save_every": 2, "keep": 3}
+    modelwright.run("tune.full", base=tiny("llama"), to=tmp_path / "tuned", train=train, **made("tokens", tmp_path))
+    states = tmp_path / "tuned" / "steps" / "0-tune.full"
+    assert len(list(states.glob("checkpoint-*"))) == 3 and not list(states.glob("*/optimizer*"))
+    result = modelwright.run(
+        "reshape.upit", base=tiny("llama"), to=tmp_path / "moe", checkpoints=[str(states)], experts=3, top_k=1, **made("tokens", tmp_path)
+    )
+    assert result.certificate["passed"] in (True, None) and not list(tmp_path.glob("*.run"))

@@ -92,6 +92,7 @@ class Train:
     mask_share: float = knob(0.15, "masked language models: share of the tokens to be found again", low=0.01, high=0.9)
     eval_every: int | None = knob(None, "steps between evaluations; empty: about ten in the run", low=1, alias="eval_steps")
     save_every: int = knob(200, "steps between resumable states", low=1, alias="save_steps")
+    keep: int = knob(0, "states whose weights stay with the result, in steps/*/checkpoint-N: experts for reshape.upit", low=0)
     gradient_checkpointing: bool = knob(False, "recompute activations to save memory")
     strategy: Literal["ddp", "fsdp2", "hsdp", "ep"] = knob(
         "ddp", "several processes: whole copies of the model, shards of it, copies of shards, or shards with the experts spread"

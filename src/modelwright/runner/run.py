@@ -28,6 +28,7 @@ from modelwright.runner.context import Result, Run
 from modelwright.runner.processes import follows, launched
 from modelwright.runner.recipe import Recipe, Step, check, parse
 
+_RESUMES = ("optimizer*", "scheduler*", "rng_state*", "techniques*", "trainer_state*")  # of a state, to go on from it
 _WORTH = ("*/checkpoint-*", "*/done.json", "*/answers.jsonl")  # states, finished steps, answers that were paid for
 _WORKING = ("key", "settings.json", "done.json")  # of a step's folder, not of a result
 _NOTES = (*_WORKING, "report.json", LINEAGE)  # written after the files of a result are counted
@@ -184,8 +185,9 @@ def _run_steps(r: Run, to: Path | None) -> Result:
                 "seconds": round(time.perf_counter() - began, 2),
             }
             write_json(folder / "done.json", entry)
-        for state in folder.glob("checkpoint-*"):  # kept until the step is done, so that a stop never costs training
-            shutil.rmtree(state)
+        keep = getattr(getattr(step.knobs, "train", None), "keep", 0)
+        for state in sorted(folder.glob("checkpoint-*"), key=lambda s: int(s.name.split("-")[1]))[: -keep or None]:
+            shutil.rmtree(state)  # they were kept until the step was done, so that a stop never costs training
         if "checkpoint" in step.entry.gives:
             r.checkpoint = folder / "result"
         if "reward" in step.entry.gives:
@@ -294,6 +296,8 @@ def _publish(r: Run, result: Result, to: Path) -> None:
     shutil.rmtree(small, ignore_errors=True)
     for i, step in enumerate(recipe.steps):
         (small / f"{i}-{step.entry.name}").mkdir(parents=True)
+        for state in (r.work / f"{i}-{step.entry.name}").glob("checkpoint-*"):
+            shutil.copytree(state, small / f"{i}-{step.entry.name}" / state.name, ignore=shutil.ignore_patterns(*_RESUMES))
         for name in ("done.json", "dynamics.parquet", "log.jsonl", "removed.jsonl", "dataset.jsonl", "adapter"):
             source = r.work / f"{i}-{step.entry.name}" / name
             if name == "dataset.jsonl" and source.parent == folder:  # it is the result itself

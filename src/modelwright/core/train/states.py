@@ -27,11 +27,11 @@ def all_states(folder: Path) -> list[Path]:
     return sorted((p for p in folder.glob("checkpoint-*") if p.name.split("-")[1].isdigit()), key=step_of)
 
 
-def mark_complete(state: Path, facts: dict[str, Any]) -> None:
-    """Say that a state is whole, and remove older ones than the last `KEPT`."""
+def mark_complete(state: Path, facts: dict[str, Any], keep: int = KEPT) -> None:
+    """Say that a state is whole, and remove older ones than the last `keep`."""
     files = {str(f.relative_to(state)): fingerprint(f) for f in sorted(state.rglob("*")) if f.is_file() and f.name != COMPLETE}
     write_json(state / COMPLETE, facts | {"files": files})
-    for old in all_states(state.parent)[:-KEPT]:
+    for old in all_states(state.parent)[:-keep]:
         (old / COMPLETE).unlink(missing_ok=True)  # unmarked first: a state half removed is no state
         shutil.rmtree(old)
 

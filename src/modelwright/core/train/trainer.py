@@ -20,7 +20,7 @@ from modelwright.core.train import dist
 from modelwright.core.train.objective import NextToken, Objective
 from modelwright.core.train.precision import StochasticAdamW
 from modelwright.core.train.recorder import Recorder
-from modelwright.core.train.states import COMPLETE, disk_sentence, latest_state, mark_complete, step_of
+from modelwright.core.train.states import COMPLETE, KEPT, disk_sentence, latest_state, mark_complete, step_of
 from modelwright.core.train.technique import LossTerm, Technique, plain_name
 
 __all__ = ["COMPLETE", "Trainer", "forward", "latest_state", "step_of"]
@@ -167,7 +167,8 @@ class Trainer(HFTrainer):
             dist.barrier()
             if self.args.should_save:
                 torch.save([t.state_dict() for t in self.techniques], folder / "techniques.pt")
-                mark_complete(folder, self.on_save() | {"step": self.state.global_step, "processes": dist.world()})
+                facts = self.on_save() | {"step": self.state.global_step, "processes": dist.world()}
+                mark_complete(folder, facts, max(KEPT, self.settings.keep))
         except (OSError, RuntimeError) as error:
             if said := disk_sentence(error, folder):
                 raise said from None
