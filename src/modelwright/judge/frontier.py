@@ -100,7 +100,7 @@ def sweep(knobs: Knobs, job: StepContext) -> list[Run]:
     left = [w for w in wanted if w not in known]
     if left:
         assert job.technique
-        made = {way: (lambda n=name, s=settings: job.technique(n, s)) for way, (name, settings) in ways.items()}  # type: ignore[misc]
+        made: Any = {way: (lambda n=name, s=settings: job.technique(n, s)) for way, (name, settings) in ways.items()}  # type: ignore[misc]
         teacher = trained.Teacher(job.source, knobs, made)
         for way, lr, seed in left:
             with job.progress.task(f"run {len(known) + 1} of {len(wanted)}: {way}, {lr:.2g}, seed {seed}", 1) as tick:

@@ -106,7 +106,7 @@ def _fresh(knobs: Knobs, width: int, words: int, rate: int, seed: int) -> Any:
     from modelwright.models.music import WaveUNet, WaveUNetConfig
 
     torch.manual_seed(seed)
-    sizes = {"widths": knobs.widths, "stem": knobs.stem, "layers": knobs.layers, "text_width": width, "words": words}
+    sizes: dict[str, Any] = {"widths": knobs.widths, "stem": knobs.stem, "layers": knobs.layers, "text_width": width, "words": words}
     return WaveUNet(WaveUNetConfig(**sizes, prediction=knobs.prediction, rate=rate, length=knobs.length))
 
 

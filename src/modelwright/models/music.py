@@ -147,16 +147,16 @@ class Net(nn.Module):
         e = F.silu(self.time(torch.cat([angles.sin(), angles.cos()], 1).to(text.dtype)) + self.prompt["summary"](summary))
         x, skips = self.stem(wave[:, None]), []
         for level in self.down:
-            x = level["block"](x, e)
+            x = level["block"](x, e)  # type: ignore[index]
             skips.append(x)
-            x = level["step"](x)
+            x = level["step"](x)  # type: ignore[index]
         x = x.transpose(1, 2)
         x = x + _places(x)
-        for block in self.middle["layers"]:
+        for block in self.middle["layers"]:  # type: ignore[attr-defined]
             x = block(x, text, mask)
         x = x.transpose(1, 2)
         for level in self.up:
-            x = level["block"](torch.cat([level["step"](x), skips.pop()], 1), e)
+            x = level["block"](torch.cat([level["step"](x), skips.pop()], 1), e)  # type: ignore[index]
         return self.out(F.silu(x))[:, 0]
 
 
@@ -180,7 +180,7 @@ class WaveUNet(PreTrainedModel):
         super().__init__(config)
         self.net = Net(config)
         self.post_init()
-        nn.init.zeros_(self.net.out.weight)
+        nn.init.zeros_(self.net.out.weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.net.out.bias)  # type: ignore[arg-type]
 
     def _init_weights(self, module: nn.Module) -> None:

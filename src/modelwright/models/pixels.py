@@ -87,7 +87,7 @@ class PixelLlamaForCausalLM(LlamaForCausalLM):
         if isinstance(module, PatchEmbed):
             bound = (6 / (module.projection.weight[0].numel() + module.projection.weight.shape[0])) ** 0.5  # xavier of the flat weight
             init.uniform_(module.projection.weight, -bound, bound)
-            init.zeros_(module.projection.bias)
+            init.zeros_(module.projection.bias)  # type: ignore[arg-type]
 
     def forward(  # generation looks for the names of Llama's own arguments
         self,

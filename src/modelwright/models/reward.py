@@ -47,7 +47,7 @@ class RewardConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     num_labels: int = 1
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.text_config, dict):
             values = dict(self.text_config)
             self.text_config = AutoConfig.for_model(values.pop("model_type"), **values)
@@ -115,10 +115,10 @@ class RewardModel(PreTrainedModel):
         out = RewardOutput(logits=rewards[:, None], rewards=rewards, token_rewards=tokens, last=last)  # type: ignore[arg-type]
         if self.config.bias:
             out["bias"] = _read(self._head(self.prompt_bias, states), at)
-            out["logits"] = (rewards - out.bias)[:, None]
+            out["logits"] = (rewards - out["bias"])[:, None]
         if self.config.length_head:
             out["length_token_rewards"] = self._head(self.length_score, states)
-            out["length_rewards"] = _read(out.length_token_rewards, last)
+            out["length_rewards"] = _read(out["length_token_rewards"], last)
             if self.config.bias:
                 out["length_bias"] = _read(self._head(self.length_bias, states), at)
         return out
@@ -191,7 +191,7 @@ def _require_causal(backbone: Any, name: str) -> None:
 
 def stock(model: RewardModel) -> Any:
     """The same weights in transformers' own sequence classifier, where there is one and no other head; else the model itself."""
-    text = model.config.text_config
+    text: Any = model.config.text_config
     cls: Any = AutoModelForSequenceClassification._model_mapping.get(type(text), None)
     if cls is None or model.config.bias or model.config.length_head:
         return model

@@ -27,6 +27,7 @@ has cross terms and is not unbiased; `merge: weights` is.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -103,7 +104,7 @@ def upit(source: Checkpoint, knobs: Knobs, seed: int = 0) -> tuple[Blueprint, st
             ffn = anatomy.ffn(block)
             dtype, width = source.dtype(ffn.down.name), int(source.hf_config.hidden_size)
             for e in range(knobs.experts):  # one expert in memory at a time
-                matrix = matrices(lambda name, e=e: experts.weight(e, name), ffn, dtype)
+                matrix = matrices(partial(experts.weight, e), ffn, dtype)
                 yield from target.pieces(block.path, e, *matrix)
             router = plain_router("normal", seed, block.index, knobs.experts, width, 0.02) if vectors is None else vectors[:, i]
             yield target.names(block.path, knobs.experts)[0], router.to(dtype)

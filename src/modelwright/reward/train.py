@@ -122,7 +122,8 @@ class RewardPairs(RankedPairs):
             tokens = out.token_rewards if out.length_rewards is None else out.token_rewards + out.length_token_rewards
             each = divergent_loss(tokens, out.last, batch["input_ids"], self.knobs.margin)
         else:
-            each = ranking_loss(*both.chunk(2), self.knobs.margin)
+            chosen, rejected = both.chunk(2)
+            each = ranking_loss(chosen, rejected, self.knobs.margin)
         losses = each[:, None] * _used(batch)[:, None]
         logits = difference[:, None].detach()
         return Scored(losses.detach(), (losses * weights).sum(), logits, out.rewards, out.bias, out.length_rewards, out.length_bias)

@@ -214,7 +214,8 @@ class Ppo(Technique):
         return found
 
     def _roll(self, update: int, count: int) -> None:
-        n, which = len(self.prompts), []
+        n = len(self.prompts)
+        which: list[int] = []
         for g in range(update * count, (update + 1) * count):
             lap, place = divmod(g, n)
             if not which or place == 0:
@@ -222,7 +223,7 @@ class Ppo(Technique):
             which.append(order[place])
         rows = [self.prompts[i] for i in which]
         prompts = [r["input_ids"][: int(r["length"])].long() for r in rows]
-        keys = [(self.seed, update, slot) for slot in range(count)]
+        keys: list[tuple[int, ...]] = [(self.seed, update, slot) for slot in range(count)]
         share = count // dist.world()
         mine = slice(dist.rank() * share, (dist.rank() + 1) * share)
         width = max(len(p) for p in prompts) + self.knobs.response_tokens
@@ -248,7 +249,7 @@ class Ppo(Technique):
         """Held-out prompts: the loss is the KL divergence from the reference a token; reward and length beside it."""
         lengths = batch["real"].sum(1).tolist()
         prompts = [row[: max(n, 1)].cpu() for row, n in zip(batch["input_ids"], lengths, strict=True)]
-        keys = [(self.seed, 1 << 31, int(e) + 1) for e in batch["example_id"]]
+        keys: list[tuple[int, ...]] = [(self.seed, 1 << 31, int(e) + 1) for e in batch["example_id"]]
         found = self._experience(prompts, keys, max(map(len, prompts)) + self.knobs.response_tokens)
         used = torch.tensor([n > 0 for n in lengths])
         device = batch["input_ids"].device

@@ -69,8 +69,8 @@ def _translations(folder: Path) -> dict[str, Any]:
     names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder / "t5")
     torch.manual_seed(0)
-    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-    config = T5Config(vocab_size=words.get_vocab_size(), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, **size)
+    size: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    config = T5Config(vocab_size=words.get_vocab_size(), pad_token_id=0, eos_token_id=1, **size)
     T5ForConditionalGeneration(config).save_pretrained(folder / "t5")
     pairs = write_jsonl(folder / "pairs.jsonl", there)
     return {"base": str(folder / "t5"), "mono": {k: {"path": pairs, "column": k} for k in ("en", "de")}, "pairs": {"en-de": pairs}}

@@ -126,7 +126,11 @@ class Masks(Constrained):
             for i in range(n):
                 batch = {k: v.to(self.model.device) for k, v in collate([rows[i]]).items()}
                 real = batch["real"].flatten()
-                with torch.no_grad(), capture(self.ffns, lambda m, x, real=real: seen[m].append(x.flatten(0, -2)[real]), side="input"):
+
+                def keep(m: nn.Module, x: Tensor, real: Tensor = real) -> None:
+                    seen[m].append(x.flatten(0, -2)[real])
+
+                with torch.no_grad(), capture(self.ffns, keep, side="input"):
                     forward(self.model, batch)
             self.model.train(training)
             for i, m in enumerate(self.ffns):
@@ -142,11 +146,11 @@ class Masks(Constrained):
             parts.hard.copy_(self._hardened(parts.gates.log_alpha.detach()))  # type: ignore[operator,union-attr]
             self.fixed = True
         log_alpha = parts.gates.log_alpha  # type: ignore[union-attr]
-        self.router = parts.router
+        self.router: Any = parts.router
         if self.fixed:
-            self.z = parts.hard.float()  # type: ignore[operator]
+            self.z: Any = parts.hard.float()  # type: ignore[operator]
         else:
-            self.z = parts.gates(self.step) if training else settled(log_alpha)  # type: ignore[operator]
+            self.z = parts.gates(self.step) if training else settled(log_alpha)  # type: ignore[operator, arg-type]
         self.heard = {}
 
     def _hardened(self, log_alpha: Tensor) -> Tensor:

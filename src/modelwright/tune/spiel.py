@@ -241,7 +241,11 @@ class Spiel(Technique):
         return f"spiel: {count} of {sum(map(len, free))} entries of {len(free)} matrices moved, no frozen tensor did"
 
     def facts(self) -> dict[str, Any]:
-        found = {"entries": sum(len(d.indices) for d in self.deltas.values()), "replaced": self._replaced, "growth": self.knobs.growth}
+        found: dict[str, Any] = {
+            "entries": sum(len(d.indices) for d in self.deltas.values()),
+            "replaced": self._replaced,
+            "growth": self.knobs.growth,
+        }
         found["adapter"] = f"shira, r {self._rank}" if self._rank else "none: PEFT's shira does not hold these matrices"
         return found | ({"experts": "not adapted"} if self._experts else {})
 

@@ -139,11 +139,11 @@ def cut_at(blocks: list[str]) -> Iterator[None]:
         tensor, expert, _ = original(self, config)
         return tensor, expert, dict.fromkeys(blocks, "free_full_weight")
 
-    PreTrainedModel._resolve_parallel_plans = plans
+    PreTrainedModel._resolve_parallel_plans = plans  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        PreTrainedModel._resolve_parallel_plans = original
+        PreTrainedModel._resolve_parallel_plans = original  # type: ignore[method-assign]
 
 
 def _copies(replicas: int | None) -> int:

@@ -34,7 +34,14 @@ def _mean(of: dict[str, float]) -> float:
 
 def layer_pages(layers: list[dict[str, Any]], languages: int, sentences: int) -> tuple[list[Table], list[Plot]]:
     """One row and one point per layer, means over the languages."""
-    names = ("precision_at_1", "precision_at_1_csls", "precision_at_1_half", "precision_at_1_centred_half", "cka", "procrustes")
+    names: tuple[str, ...] = (
+        "precision_at_1",
+        "precision_at_1_csls",
+        "precision_at_1_half",
+        "precision_at_1_centred_half",
+        "cka",
+        "procrustes",
+    )
     names += ("gromov_hausdorff", "spectral", "anisotropy")
     rows = [
         [str(i), *(f"{_mean(at[n]):.3f}" for n in names), f"{100 * at['language_probe']:.1f} %"]  # a row of means

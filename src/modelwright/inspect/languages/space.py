@@ -88,7 +88,7 @@ def _spectrum(x: Matrix, neighbours: int) -> Matrix:
     graph = np.zeros_like(cosines)
     np.put_along_axis(graph, near, 1, 1)
     graph = np.maximum(graph, graph.T)
-    return np.linalg.eigvalsh(np.diag(graph.sum(1)) - graph)[::-1]
+    return np.linalg.eigvalsh(np.diag(graph.sum(1)) - graph)[::-1].astype(np.float64)
 
 
 def anisotropy(x: Matrix) -> float:

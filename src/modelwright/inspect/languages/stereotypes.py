@@ -59,7 +59,7 @@ def associations(reader: Reader, path: Path, layer: int, seed: int) -> dict[str,
     found = {}
     for name, groups in sets.items():
         at = [[place[t] for t in groups[key]] for key in ("targ1", "targ2", "attr1", "attr2")]
-        of = [vectors[layer][rows] for rows in at]
+        of: Any = [vectors[layer][rows] for rows in at]
         p, exact = bias.weat_p(*of, seed=seed)
         found[name] = {
             "effect": bias.weat(*of),

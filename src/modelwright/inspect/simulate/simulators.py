@@ -124,7 +124,7 @@ class Gptfluence(nn.Module):
         self.batch = batch
         self.nets = nn.ModuleList(nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden)) for _ in range(order + 1))
         for net in self.nets:
-            nn.init.normal_(net[2].weight, std=0.1 / math.sqrt(hidden))  # type: ignore[arg-type, union-attr]
+            nn.init.normal_(net[2].weight, std=0.1 / math.sqrt(hidden))  # type: ignore[arg-type, union-attr, index]
 
     def tables(self, h: Tensor, to: Tensor) -> tuple[Tensor, Tensor]:
         """A (n, N, M) and B (N, M)."""

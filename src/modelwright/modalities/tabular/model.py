@@ -82,8 +82,13 @@ class TapTap:
 
         layers, hidden, heads = self.shape
         torch.manual_seed(self.seed)
-        sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
-        ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        sizes: dict[str, Any] = {
+            "hidden_size": hidden,
+            "intermediate_size": 3 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+        }
+        ends: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
         return LlamaForCausalLM(LlamaConfig(vocab_size=self.language.size, max_position_embeddings=max(64, width), **sizes, **ends))
 
     def _evenly(self, tables: list[Columns]) -> list[tuple[list[Field], Columns]]:

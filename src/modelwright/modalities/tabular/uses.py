@@ -89,8 +89,9 @@ def privacy(work: Work) -> tuple[EvalResult, Columns]:
     scores = {"real rows": work.score(work.learnt)} | {k: work.score(v) for k, v in sets.items()}
     on_synthetic = work.score(work.learnt, on=own)
     names = [f.name for f in work.model.fields]
-    private = quality.privacy(*({n: t[n] for n in names} for t in (own, work.learnt, work.test)))
-    metrics = {"scores": scores, "trts": on_synthetic} | work.valid(own) | private
+    tables: Any = ({n: t[n] for n in names} for t in (own, work.learnt, work.test))
+    private = quality.privacy(*tables)
+    metrics: dict[str, Any] = {"scores": scores, "trts": on_synthetic} | work.valid(own) | private
     first, second = (scores[k]["score"] for k in ("real rows", "rows of the model, its labels"))
     apart = scores["independent columns, labels of the backbone"]["score"]
     words = (

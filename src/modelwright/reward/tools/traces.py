@@ -60,7 +60,8 @@ class Trace:
 
 def parse_actions(text: str) -> Trace:
     """Calls and closing of a text as TARA stores it."""
-    calls, end = [], 0
+    calls: list[Call] = []
+    end = 0
     for m in _CALL.finditer(text):
         if m.start() != end + bool(calls):  # what stands between two calls belongs to none
             break
@@ -84,7 +85,7 @@ def parse(text: str) -> Trace:
         m = _WRITTEN.match(asked)
         if m is None:
             raise ValueError("a call has no Thought, Action and Action Input")
-        calls.append(Call(*m.groups(), said.removeprefix(" ").removeprefix("Observation: ").removesuffix("\n")))
+        calls.append(Call(*m.groups(), said.removeprefix(" ").removeprefix("Observation: ").removesuffix("\n")))  # type: ignore[call-arg]
     return Trace(tuple(calls), closing, work.strip().removeprefix("Work: "))
 
 
@@ -125,9 +126,9 @@ def pairs_of(rows: Iterable[dict[str, Any]]) -> list[TracedPair]:
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            both = [_judged(row[k]) for k in ("pos_answer", "neg_answer")]
+            good, bad = (_judged(row[k]) for k in ("pos_answer", "neg_answer"))
             tests = tuple(row.get("test_list") or ())
-            found.append(TracedPair(row["question"], *both, str(row.get("context") or ""), str(row.get("id", number)), tests))
+            found.append(TracedPair(row["question"], good, bad, str(row.get("context") or ""), str(row.get("id", number)), tests))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"row {number} is no traced pair: {type(error).__name__} {error}") from None
     return found

@@ -49,7 +49,7 @@ def recorded(file: Path, examples: list[Example]) -> np.ndarray:
     if other := [e for e in examples if size[e.id] != e.learnt]:
         e = other[0]
         raise UserError(f"{file} has {size[e.id]} learnt tokens for example {e.id}, which has {e.learnt} here", why, how)
-    confidence = np.asarray([-np.mean(np.exp(np.float64(seen[e.id]))) for e in examples])
+    confidence = np.asarray([-np.mean(np.exp(np.asarray(seen[e.id], np.float64))) for e in examples])
     if not np.isfinite(confidence).all():
         raise UserError(f"{file} holds a loss that is not finite", "no confidence follows from it", "record a run that does not diverge")
     return confidence

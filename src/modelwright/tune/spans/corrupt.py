@@ -76,7 +76,8 @@ def corrupt(
 
 def reconstruct(given: list[int], target: list[int], sentinels: list[int]) -> list[int]:
     """Undo of `corrupt`."""
-    known, spans, at = set(sentinels), {}, None
+    known, at = set(sentinels), None
+    spans: dict[int, list[int]] = {}
     for token in target:
         if token in known:
             at = token
