@@ -60,7 +60,7 @@ def associations(reader: Reader, path: Path, layer: int, seed: int) -> dict[str,
     for name, groups in sets.items():
         at = [[place[t] for t in groups[key]] for key in ("targ1", "targ2", "attr1", "attr2")]
         of: Any = [vectors[layer][rows] for rows in at]
-        p, exact = bias.weat_p(*of, seed=seed)
+        p, exact = bias.weat_p(of[0], of[1], of[2], of[3], seed=seed)
         found[name] = {
             "effect": bias.weat(*of),
             "p": p,
