@@ -434,6 +434,18 @@ def _tones(folder: Path) -> dict[str, Any]:
 
 
 _WORDS = ("apple", "boat", "cloud", "drum", "egg", "fox", "gate", "hill", "island", "jar", "key", "lamp")
+
+
+def _library(folder: Path) -> dict[str, Any]:
+    """Documents of two subjects, and recorded answers about one."""
+    texts = [
+        f"Part {i}: {w} and more." for i, w in enumerate(["lamp light", "fresnel lens", "prism beam", "yeast dough", "oven crust"] * 3)
+    ]
+    said = {"Questions about: lamp": "Who built a lens?\n", "Thoughts about: Who built a lens?": "Fresnel set each prism in one beam."}
+    recorded = write_jsonl(folder / "recorded.jsonl", ({"prompt": p, "answer": a} for p, a in said.items()))
+    return {"data": write_jsonl(folder / "d.jsonl", ({"text": t} for t in texts)), "recorded": recorded, "seeds": ["lamp"], "rounds": 1}
+
+
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
     "tokens": _tokens,
@@ -460,4 +472,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "dynamics": _dynamics,
     "languages": _languages,
     "tones": _tones,
+    "library": _library,
 }

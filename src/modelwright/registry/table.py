@@ -29,6 +29,7 @@ METHODS = [
     method("curate.dedup", "exact and near-duplicates out: MinHash bands, verified pairs, one copy of each cluster stays by a rule", "2402.19282", REFINES),
     method("curate.safety", "domain and word lists, classifiers as plug-ins, personal data masked with check digits", "2402.19282", REFINES),
     method("curate.web", "from pages or raw text to a corpus: extract, rules, dedup and safety as one funnel that multiplies out", "2402.19282", CURATES),
+    method("curate.query", "a few seeds become questions and thoughts of a model, and these find a domain's documents in a corpus by BM25", "2401.14624", WRITES),
     method("reshape.upcycle", "dense to mixture of experts by copying: sparse, noise, Drop-Upcycling, Branch-Train-MiX", "2212.05055, 2502.19261, 2403.07816", RESHAPES),
     method("reshape.grow", "more blocks, wider blocks or both from the weights that are there: stack, interpolate, zero, Net2Net, masked; SOLAR, LLaMA-Pro", "2405.15319, 1511.05641, 2310.07999, 2305.02869, 2312.15166, 2401.02415", RESHAPES),
     method("reshape.growth_plan", "when to grow: tokens of the small model by G_stack's law, both halves in FLOPs", "2405.15319", MEASURES),
