@@ -36,6 +36,7 @@ ROWS: dict[str, Row] = {
         {"threshold": 0.8}, ("tests/curate/test_dedup.py", "tests/curate/kernels/test_words.py"), families=("",), data=True
     ),
     "curate.safety": Row({}, ("tests/curate/test_safety.py",), families=("",), data=True),
+    "curate.quality": Row({"learner": "GaussianNB"}, ("tests/curate/test_quality.py",), families=("",), data="graded"),
     "curate.web": Row({"rules": {"use": []}}, ("tests/curate/test_web.py",), families=("",), data=True),
     "curate.query": Row({}, ("tests/curate/test_query.py", "tests/curate/kernels/test_bm25.py"), families=("",), data="library"),
     "reshape.fresh": Row(

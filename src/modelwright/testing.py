@@ -446,6 +446,13 @@ def _library(folder: Path) -> dict[str, Any]:
     return {"data": write_jsonl(folder / "d.jsonl", ({"text": t} for t in texts)), "recorded": recorded, "seeds": ["lamp"], "rounds": 1}
 
 
+def _graded(folder: Path) -> dict[str, Any]:
+    """Sentences and rows of signs, labelled good and bad."""
+    rows = [{"text": f"The {w} was drawn with care, and it is in the book." if k else f"{w} >>> {w}!!! 1{w}", "label": k}
+            for w in _WORDS for k in (0, 1)]  # fmt: skip
+    return dict.fromkeys(("data", "labelled"), write_jsonl(folder / "graded.jsonl", rows))
+
+
 MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
     "tokens": _tokens,
@@ -473,4 +480,5 @@ MADE: dict[str, Callable[[Path], dict[str, Any]]] = {
     "languages": _languages,
     "tones": _tones,
     "library": _library,
+    "graded": _graded,
 }

@@ -119,6 +119,7 @@ SAMPLES: dict[str, Sample] = {
         "tones",
     ),
     "curate.query": Sample({}, "library", base=False),
+    "curate.quality": Sample({"learner": "LogisticRegression"}, "graded"),
 }
 
 
