@@ -30,7 +30,7 @@ from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import Data, knob
 from modelwright.curate.kernels.documents import PLACE, Sink, Source
 from modelwright.curate.kernels.features import features
-from modelwright.curate.kernels.learner import DEFAULT, classifier
+from modelwright.curate.kernels.learner import classifier
 from modelwright.curate.safety import Classifier
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.59, 0.7, 0.8, 0.9)
@@ -43,7 +43,7 @@ class Knobs:
     data: Data = knob(Data(), "documents: jsonl, jsonl.gz, parquet, csv, text, or a folder of them; every column is kept")
     labelled: str = knob("", "documents with labels to learn from: the same kinds of file, the same column of text", path=True)
     label: str = knob("label", "column of the labels: two values, one of them 1, true, good, high or yes")
-    learner: str = knob(DEFAULT, "classifier of scikit-learn by name, or module:Class")
+    learner: str = knob("HistGradientBoostingClassifier", "classifier of scikit-learn by name, or module:Class")
     settings: dict[str, Any] = knob({}, "settings of the learner")
     limit: float = knob(0.59, "quality_score below which a document is removed", low=0, high=1)
     classifiers: dict[str, Any] = knob({}, "name: {model: PATH, label: NAME OF THE GOOD ONE, limit: 0.5}")
