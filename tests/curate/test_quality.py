@@ -10,8 +10,9 @@ import pytest
 
 from modelwright.core.errors import UserError
 from modelwright.core.knobs import Data
+from modelwright.curate import quality as module
 from modelwright.curate.kernels.features import features
-from modelwright.curate.quality import Knobs, quality
+from modelwright.curate.quality import Knobs
 from modelwright.curate.web import Knobs as WebKnobs
 from modelwright.curate.web import web
 from modelwright.testing import made
@@ -53,6 +54,12 @@ def test_a_document_has_the_same_features_in_every_batch_and_all_are_numbers() -
             assert value[0] == pytest.approx(whole[name][i], rel=1e-12) and np.isfinite(value[0])
     assert all(float(v[0]) == 0 for v in whole.values()), "0 / 0 is 0"
     assert len(whole) >= 30
+
+
+def quality(knobs: Knobs, folder: Path) -> dict[str, Any]:
+    found = module.quality(knobs, folder)
+    assert all(len(row) == len(t["columns"]) for t in found.tables for row in t["rows"])
+    return found.metrics
 
 
 def rows(file: Path) -> list[dict[str, Any]]:

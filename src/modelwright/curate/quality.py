@@ -28,6 +28,7 @@ import numpy as np
 
 from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import Data, knob
+from modelwright.core.step import EvalResult
 from modelwright.curate.kernels.documents import PLACE, Sink, Source
 from modelwright.curate.kernels.features import features
 from modelwright.curate.kernels.learner import classifier
@@ -128,7 +129,7 @@ def learn(knobs: Knobs, seed: int) -> tuple[Any, dict[str, Any]]:
     return model, {"labelled": len(y), "good": int(y.sum()), "held-out AUC": round(float(roc_auc_score(y, held)), 6), "rows": rows}
 
 
-def quality(knobs: Knobs, folder: Path, seed: int = 0) -> dict[str, Any]:
+def quality(knobs: Knobs, folder: Path, seed: int = 0) -> EvalResult:
     """Write dataset.jsonl with the scores and features, and removed.jsonl: row, reason, flags."""
     source = Source(knobs.data)
     plugs = {name: Classifier(name, settings, knobs.tail) for name, settings in knobs.classifiers.items()}
@@ -158,7 +159,7 @@ def quality(knobs: Knobs, folder: Path, seed: int = 0) -> dict[str, Any]:
     if learnt:
         checked = learnt.pop("rows")
         thresholds["quality"] = [row | checked[row["threshold"]] for row in thresholds["quality"]]
-    return {
+    metrics = {
         "documents": source.rows,
         "kept": sink.rows,
         "removed": source.rows - sink.rows,
@@ -168,6 +169,18 @@ def quality(knobs: Knobs, folder: Path, seed: int = 0) -> dict[str, Any]:
         "examples": {name: s.shown() for name, s in scores.items()},
         **{f"dropped: {k}": v for k, v in source.dropped.items()},
     }
+    return _result(metrics)
+
+
+def _result(metrics: dict[str, Any]) -> EvalResult:
+    """The result of the step: counts for scripts, a table of thresholds and one of examples for people."""
+    tables = []
+    for name, rows in metrics["thresholds"].items():
+        tables.append({"title": f"What a threshold of {name} removes", "columns": list(rows[0]), "rows": [list(r.values()) for r in rows]})
+        shown = [[side, *text.split(" ", 1)] for side, of in metrics["examples"][name].items() for text in of]
+        tables.append({"title": f"Nearest to the limit of {name}", "columns": ["side", "score", "text"], "rows": shown})
+    checked = f" Held-out AUC {metrics['held-out AUC']:.3f}." if "held-out AUC" in metrics else ""
+    return EvalResult(metrics, text=f"{metrics['kept']:,} of {metrics['documents']:,} documents are kept.{checked}", tables=tables)
 
 
 METHOD = quality

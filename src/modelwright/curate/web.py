@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.knobs import Data, build, knob
+from modelwright.core.step import EvalResult
 from modelwright.curate import dedup, extract, quality, rules, safety
 from modelwright.curate.kernels.funnel import Stage, table
 
@@ -91,14 +92,15 @@ def _before(facts: dict[str, Any]) -> int:
     return facts["documents"] if "documents" in facts else facts["pages"]
 
 
-def _stage(method: Callable[..., dict[str, Any]], settings: Any, place: Path, seed: int) -> dict[str, Any]:
+def _stage(method: Callable[..., dict[str, Any] | EvalResult], settings: Any, place: Path, seed: int) -> dict[str, Any]:
     """Run one stage, unless an earlier run finished it with the same settings."""
     done, key = place / "done.json", repr((settings, seed))
     if done.is_file() and (known := json.loads(done.read_text()))["key"] == key:
         return known["facts"]
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    facts = method(settings, place, seed)
+    found = method(settings, place, seed)
+    facts = found.metrics if isinstance(found, EvalResult) else found
     part = place / "done.part"
     part.write_text(json.dumps({"key": key, "facts": facts}))
     os.replace(part, done)
