@@ -36,7 +36,9 @@ ROWS: dict[str, Row] = {
         {"threshold": 0.8}, ("tests/curate/test_dedup.py", "tests/curate/kernels/test_words.py"), families=("",), data=True
     ),
     "curate.safety": Row({}, ("tests/curate/test_safety.py",), families=("",), data=True),
+    "curate.quality": Row({"learner": "GaussianNB"}, ("tests/curate/test_quality.py",), families=("",), data="graded"),
     "curate.web": Row({"rules": {"use": []}}, ("tests/curate/test_web.py",), families=("",), data=True),
+    "curate.query": Row({}, ("tests/curate/test_query.py", "tests/curate/kernels/test_bm25.py"), families=("",), data="library"),
     "reshape.fresh": Row(
         {"vocab": 300, "hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64, "norm": "mix"},
         ("tests/reshape/test_fresh.py", "tests/models/test_mix_ln.py"),

@@ -118,6 +118,8 @@ SAMPLES: dict[str, Sample] = {
         | {"train": {"epochs": 30, "batch": 8, "lr": 2e-3}},
         "tones",
     ),
+    "curate.query": Sample({}, "library", base=False),
+    "curate.quality": Sample({"learner": "LogisticRegression"}, "graded"),
 }
 
 

@@ -3,9 +3,10 @@
 When to use it: one machine, a folder of WARC or HTML files or of text, and the wish for a corpus whose every removal has its reason.
 
 Paper: WanJuan-CC (arXiv 2402.19282). Left of its pages: .526 after extraction and language, .327 after the rules, .0321 after
-deduplication, .0275 after safety, .0137 after its quality models, which are not part of this step.
+deduplication, .0275 after safety, .0137 after its quality models.
 
-extract -> rules -> dedup -> safety. `pages` starts with extraction, `data` with the rules. Each stage reads what the one before kept
+extract -> rules -> dedup -> safety -> quality. The last is left out unless `stages` names it: it needs labelled texts or a classifier of
+yours to remove anything. `pages` starts with extraction, `data` with the rules. Each stage reads what the one before kept
 and writes removed-STAGE.jsonl; dataset.jsonl is what the last one kept. The report is a table whose shares multiply out. A run that
 was stopped goes on after the last whole stage.
 """
@@ -22,21 +23,25 @@ from urllib.parse import urlsplit
 
 from modelwright.core.errors import UserError, did_you_mean
 from modelwright.core.knobs import Data, build, knob
-from modelwright.curate import dedup, extract, rules, safety
+from modelwright.core.step import EvalResult
+from modelwright.curate import dedup, extract, quality, rules, safety
 from modelwright.curate.kernels.funnel import Stage, table
 
-MODULES = {"extract": extract, "rules": rules, "dedup": dedup, "safety": safety}
+MODULES = {"extract": extract, "rules": rules, "dedup": dedup, "safety": safety, "quality": quality}
 
 
 @dataclass(frozen=True)
 class Knobs:
     pages: str = knob("", "WARC or HTML file, plain or gz, or a folder of them", path=True)
     data: Data = knob(Data(), "documents instead of pages: jsonl, jsonl.gz, parquet, csv, text, or a folder of them")
-    stages: list[str] = knob(["extract", "rules", "dedup", "safety"], "stages in their order; extract is left out where data are given")
+    stages: list[str] = knob(
+        ["extract", "rules", "dedup", "safety"], "stages in their order, quality last; extract is left out where data are given"
+    )
     extract: dict[str, Any] = knob({}, "settings of curate.extract")
     rules: dict[str, Any] = knob({}, "settings of curate.rules")
     dedup: dict[str, Any] = knob({}, "settings of curate.dedup")
     safety: dict[str, Any] = knob({}, "settings of curate.safety")
+    quality: dict[str, Any] = knob({}, "settings of curate.quality")
 
 
 def prepare(knobs: Knobs) -> dict[str, Any]:
@@ -87,14 +92,15 @@ def _before(facts: dict[str, Any]) -> int:
     return facts["documents"] if "documents" in facts else facts["pages"]
 
 
-def _stage(method: Callable[..., dict[str, Any]], settings: Any, place: Path, seed: int) -> dict[str, Any]:
+def _stage(method: Callable[..., dict[str, Any] | EvalResult], settings: Any, place: Path, seed: int) -> dict[str, Any]:
     """Run one stage, unless an earlier run finished it with the same settings."""
     done, key = place / "done.json", repr((settings, seed))
     if done.is_file() and (known := json.loads(done.read_text()))["key"] == key:
         return known["facts"]
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
-    facts = method(settings, place, seed)
+    found = method(settings, place, seed)
+    facts = found.metrics if isinstance(found, EvalResult) else found
     part = place / "done.part"
     part.write_text(json.dumps({"key": key, "facts": facts}))
     os.replace(part, done)

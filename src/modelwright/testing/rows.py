@@ -242,6 +242,23 @@ def _languages(folder: Path) -> dict[str, Any]:
     return {"parallel": str(texts), "crows": str(folder / "pairs.csv"), "seat": str(folder / "things.json")}
 
 
+def _library(folder: Path) -> dict[str, Any]:
+    """Documents of two subjects, and recorded answers about one."""
+    texts = [
+        f"Part {i}: {w} and more." for i, w in enumerate(["lamp light", "fresnel lens", "prism beam", "yeast dough", "oven crust"] * 3)
+    ]
+    said = {"Questions about: lamp": "Who built a lens?\n", "Thoughts about: Who built a lens?": "Fresnel set each prism in one beam."}
+    recorded = write_jsonl(folder / "recorded.jsonl", ({"prompt": p, "answer": a} for p, a in said.items()))
+    return {"data": write_jsonl(folder / "d.jsonl", ({"text": t} for t in texts)), "recorded": recorded, "seeds": ["lamp"], "rounds": 1}
+
+
+def _graded(folder: Path) -> dict[str, Any]:
+    """Sentences and rows of signs, labelled good and bad."""
+    rows = [{"text": f"The {w} was drawn with care, and it is in the book." if k else f"{w} >>> {w}!!! 1{w}", "label": k}
+            for w in WORDS for k in (0, 1)]  # fmt: skip
+    return dict.fromkeys(("data", "labelled"), write_jsonl(folder / "graded.jsonl", rows))
+
+
 ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "text": _text,
     "tokens": _tokens,
@@ -265,4 +282,6 @@ ROWS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "lessons": _lessons,
     "people": _people,
     "languages": _languages,
+    "library": _library,
+    "graded": _graded,
 }

@@ -163,7 +163,7 @@ def _paragraphs(ln: Lines, key: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
     return np.add.reduceat(key * power[place], first), np.add.reduceat(ln.size, first), ln.doc[first]
 
 
-def _ngrams(p: Page) -> dict[str, np.ndarray]:
+def ngram_shares(p: Page) -> dict[str, np.ndarray]:
     """Shares of characters in the most frequent 2-, 3- and 4-gram, and in 5- to 10-grams that came before.
 
     An n-gram that occurs twice is made of n-1-grams that do, so that each length looks only at what the one before left.
@@ -272,4 +272,9 @@ def _shape(p: Page) -> dict[str, np.ndarray]:
 
 def signals(p: Page) -> dict[str, np.ndarray]:
     """All signals, each (docs,)."""
-    return _shape(p) | _words(p) | _line_signals(p) | _sentences(p, good_lines(p)) | _ngrams(p)
+    return without_ngrams(p) | ngram_shares(p)
+
+
+def without_ngrams(p: Page) -> dict[str, np.ndarray]:
+    """All signals but those of n-grams, which take most of the time."""
+    return _shape(p) | _words(p) | _line_signals(p) | _sentences(p, good_lines(p))
