@@ -294,7 +294,8 @@ def test_plain_values_build_the_same_settings_again(values: dict[str, Any]) -> N
 def test_defaults_of_every_method_build_themselves_again(entry: registry.Entry) -> None:
     kind = registry.knobs(entry)
     missing = [(n, f) for n, f in flat(kind) if default_of(f) is MISSING]
-    needed = {n: get_args(f.type)[0] if get_origin(f.type) is Literal else "4" if f.type is str else 4 for n, f in missing}
+    given = {Literal: lambda kind: get_args(kind)[0], list: lambda kind: ["4", "5"]}
+    needed = {n: given.get(get_origin(f.type), lambda kind: "4" if kind is str else 4)(f.type) for n, f in missing}
     found = build(kind, needed)
     assert build(kind, json.loads(json.dumps(plain(found)))) == found
 

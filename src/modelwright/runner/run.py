@@ -170,7 +170,7 @@ def _run_steps(r: Run, to: Path | None) -> Result:
         text = json.dumps([key, step.entry.name, plain(step.knobs), recipe.seed, inputs], sort_keys=True, default=str)
         key = hashlib.sha256(text.encode()).hexdigest()
         folder = r.work / f"{i}-{step.entry.name}"
-        if entry := _done(folder, key):
+        if entry := _done(folder, key, step):
             pass
         else:
             _take_up(folder, key, json.loads(text), recipe.save.discard)
@@ -202,11 +202,12 @@ def _run_steps(r: Run, to: Path | None) -> Result:
     return result
 
 
-def _done(folder: Path, key: str) -> dict[str, Any] | None:
-    """What a finished step left; None where it is not finished, or what it left cannot be read any more."""
+def _done(folder: Path, key: str, step: Step) -> dict[str, Any] | None:
+    """What a finished step left; None where it is not finished, or what it left is gone or cannot be read any more."""
     try:
         entry = json.loads((folder / "done.json").read_text())
-        return entry if entry["key"] == key else None
+        there = (folder / "result").is_dir() or not {"checkpoint", "reward"} & set(step.entry.gives)
+        return entry if entry["key"] == key and there else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 

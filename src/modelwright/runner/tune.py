@@ -226,7 +226,9 @@ def _write(
         entry["plots"] += routing_plots(model, texts, batch)
     for t in techniques:
         model = t.export(model, folder)
-    entry["facts"] |= {t.name: f for t in techniques if (f := t.facts())}  # once more: an export may have measured
+    for t in techniques:
+        if said := t.exported():
+            entry["facts"][t.name] = entry["facts"].get(t.name, {}) | said
     changed, stops = _changed_tokenizer(techniques, source, tokenizer), _stops(rows, techniques)
     lost = as_stored(model, source, save.dtype)
     if lost is not None:

@@ -116,7 +116,7 @@ class Lora(Technique):
         self.gap = float((logits_of(whole, ids) - rounded).abs().max())
         return whole
 
-    def facts(self) -> dict[str, Any]:
+    def exported(self) -> dict[str, Any]:
         return {} if self.gap is None else {"logit gap of merging into the unrounded weights": self.gap}
 
 

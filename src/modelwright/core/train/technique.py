@@ -170,6 +170,10 @@ class Technique:
         """What to report at the end."""
         return {}
 
+    def exported(self) -> dict[str, Any]:
+        """What `export` found out, beside the facts of the training."""
+        return {}
+
     def plots(self) -> list[dict[str, Any]]:
         """What to draw at the end (core/report/plots.py)."""
         return []
