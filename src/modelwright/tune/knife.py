@@ -141,8 +141,8 @@ class Knife(Technique):
     # ---- data and objective ----------------------------------------------------------------------------------------------
     def objective(self, model: Any, tokenizer: Any, train: Train, seed: int) -> ChoiceScores:
         way = self.knobs.way
-        if tokenizer is None:
-            raise UserError("the checkpoint has no tokenizer", "questions are text", "add tokenizer files")
+        if tokenizer is None and not model.config.is_encoder_decoder:
+            raise _no_words()
         self._tokenizer, self._train, self._pairs = tokenizer, train, bool(model.config.is_encoder_decoder)
         reads = way in ("teacher", "ir_o")
         kind = Taught if way == "student" else ChoiceScores
@@ -150,6 +150,8 @@ class Knife(Technique):
 
     def rows(self, data: Data, tokenizer: Any, vocab: int, train: Train, seed: int) -> ChoiceRows:
         k = self.knobs
+        if tokenizer is None:
+            raise _no_words()
         names = Columns(k.question, k.choices, k.answer, k.rationale, k.prompt, tuple(k.labels))
         questions, counts = read_questions(data, names, rationales=k.way != "i_o")
         made = encode(questions, tokenizer, train.context, self._pairs, story=k.way == "i_ro")
@@ -170,6 +172,10 @@ class Knife(Technique):
 
     def facts(self) -> dict[str, Any]:
         return {"way": self.knobs.way, "scored by": "mean log-likelihood of an answer's tokens"}
+
+
+def _no_words() -> UserError:
+    return UserError("the checkpoint has no tokenizer", "questions are text", "add tokenizer files")
 
 
 METHOD = Knife

@@ -153,14 +153,16 @@ class ChunkedHead:
     def _fits(self, model: Any) -> bool:
         """Whether head and trunk called apart give what the model gives, on a few tokens.
 
-        It is called as a module, so that sharded weights are put together.
+        A sharded model is called as a module, which puts its weights together; any other past the hooks of the methods.
         """
         core, training = self.core, model.training
+        sharded = any(dist.offset(p) is not None for p in core.parameters())
+        call: Any = model if sharded else core.forward
         model.eval()
         ids = torch.arange(4, device=core.device)[None] % int(core.config.get_text_config().vocab_size)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if core.config.is_encoder_decoder else {})
         try:
-            whole, apart = model(**inputs).logits[0].float(), model(**inputs, loss_of=_PROBE).float()
+            whole, apart = call(**inputs).logits[0].float(), call(**inputs, loss_of=_PROBE).float()
             return torch.allclose(apart, whole, atol=1e-3 * float(whole.abs().max() + 1), equal_nan=True)
         except (TypeError, ValueError, KeyError, IndexError, RuntimeError, AttributeError):
             return False
