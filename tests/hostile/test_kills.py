@@ -71,7 +71,9 @@ def recipe(tiny: Any, tmp_path: Path) -> Callable[[str, str], Any]:
     return make
 
 
-@pytest.mark.parametrize("kind", ["reshape", "tune", "adapters", "curate", "measure", "chain"])
+@pytest.mark.parametrize(
+    "kind", ["reshape", "tune", "curate", *(pytest.param(k, marks=pytest.mark.slow) for k in ("adapters", "measure", "chain"))]
+)
 def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_the_unbroken_one(kind: str, recipe: Any, tmp_path: Path) -> None:
     run_recipe(recipe(kind, "whole"))
     began, draw, killed = time.perf_counter(), random.Random(kind), 0  # noqa: S311
@@ -112,7 +114,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", str(place)], check=False)
 
 
-@pytest.mark.parametrize("kind", ["reshape", "tune", "curate", "chain"])
+@pytest.mark.parametrize("kind", ["tune", "curate", *(pytest.param(k, marks=pytest.mark.slow) for k in ("reshape", "chain"))])
 def test_a_full_disk_is_one_sentence_and_a_larger_one_ends_the_run(kind: str, recipe: Any, small_disk: Any, tmp_path: Path) -> None:
     run_recipe(recipe(kind, "whole"))
     needs = sum(len(b) for b in contents(tmp_path / "whole").values()) // 1024
@@ -161,6 +163,7 @@ def test_a_command_killed_with_all_it_started_goes_on(seed: int, tiny: Any, tmp_
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_the_public_call_is_taken_up_too(tiny: Any, tmp_path: Path) -> None:
     arguments = {"base": tiny("llama"), "train": TRAIN, **made("tokens", tmp_path)}
     pid = os.fork()

@@ -114,6 +114,7 @@ def test_a_state_that_was_cut_gives_way_to_the_one_before(file: str, tiny, tmp_p
     assert all(torch.equal(a[n], b[n]) for n in b), "and ends where an unbroken run ends"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["key", "settings.json", "done.json"])
 def test_a_cut_note_of_the_runner_does_not_stop_it(file: str, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = _stopped(tiny, tmp_path, monkeypatch)

@@ -229,6 +229,7 @@ def test_a_whole_run_ranks_examples_and_writes_the_kept_rows(recorded: Path, tmp
     assert kept == [x for i, x in enumerate((recorded / "data.jsonl").read_text().splitlines()) if i not in gone]
 
 
+@pytest.mark.slow
 def test_vectors_of_another_encoder_are_taken_from_a_file(recorded: Path, tmp_path: Path) -> None:
     knobs = {"runs": [str(recorded)], "examples": str(recorded / "data.jsonl"), "tests": str(recorded / "tests.jsonl"), "epochs": 5}
     g = np.random.default_rng(0)
@@ -241,11 +242,13 @@ def test_vectors_of_another_encoder_are_taken_from_a_file(recorded: Path, tmp_pa
             modelwright.run("inspect.influence", to=tmp_path / "no", features="file", vectors=path, **knobs)
 
 
+@pytest.mark.slow
 def test_without_texts_or_base_what_can_be_simulated_is(recorded: Path, tmp_path: Path) -> None:
     result = modelwright.run("inspect.influence", to=tmp_path / "out", runs=[str(recorded)])
     assert set(result.plain()["metrics"]["scores"]) == {"constant", "mean curve", "tables"}
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence(recorded: Path, tmp_path: Path) -> None:
     files = sorted(recorded.rglob("dynamics.parquet"))
     with pytest.raises(UserError, match="3 runs are too few"):

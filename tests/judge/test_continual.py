@@ -173,6 +173,7 @@ def test_sequence_fills_the_matrix_and_tells_each_technique_its_turn(tune: str, 
     assert sequence_of(tmp_path / "a", stories, tasks, tune) == of  # all is done: nothing is trained or loaded
 
 
+@pytest.mark.slow
 def test_a_stopped_sequence_goes_on_to_the_same_matrix(
     stories: Path, tasks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -90,6 +90,7 @@ def context(base: Path, folder: Path) -> StepContext:
     return StepContext(folder, 0, source=Checkpoint(base), technique=registry.techniques_named)
 
 
+@pytest.mark.slow
 def test_a_sweep_that_was_stopped_goes_on_and_is_the_unbroken_one(data: str, tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
     whole = frontier(knobs_of(data), context(tiny("llama"), tmp_path / "whole"))
     count, once = [], trained.Teacher.run

@@ -122,6 +122,7 @@ def test_known_totals_give_days_to_dates_without_values(tmp_path: Path) -> None:
     assert march == pytest.approx(1003, rel=1e-12) and {r["truth"] for r in rows} == {""}
 
 
+@pytest.mark.slow
 def test_the_same_seed_and_table_give_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         modelwright.run("modalities.backcast", to=tmp_path / name, **USUAL, **FEW_TREES, hide=[2021])

@@ -255,6 +255,7 @@ def test_a_run_gives_a_checkpoint_that_goes_on_and_sorts(base: Path, lines: Path
     assert type(Checkpoint(tmp_path / "out").model(torch.float32)).__name__ == "PixelLlamaForCausalLM"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("regime", ["text", "mono"])
 def test_each_regime_trains(base: Path, lines: Path, tmp_path: Path, regime: str) -> None:
     data = {"path": str(lines), "column": "text"}
@@ -277,6 +278,7 @@ def test_keys_and_values_of_a_pixel_model_are_evicted_like_any_other(base: Path,
     assert result.steps[-1]["text"]
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_sentence(base: Path, lines: Path, tmp_path: Path) -> None:
     def run(of, **knobs):
         modelwright.run(

@@ -73,6 +73,7 @@ def test_what_would_run_wrongly_is_refused_with_what_to_do(kind: str, pipeline: 
         vllm.refuse(config, parallel)
 
 
+@pytest.mark.slow
 def test_importing_it_does_not_import_vllm() -> None:
     code = "import sys, modelwright.models.vllm\nassert 'vllm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

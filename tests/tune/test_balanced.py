@@ -121,6 +121,7 @@ def _ours(kind: str):
     return model.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rmoe", "hyper_moe"])
 def test_our_own_mixtures_are_heard_and_balanced(kind: str, tmp_path) -> None:
     none, some = (

@@ -125,6 +125,7 @@ def trained(given: dict[str, Any], folder: Path, stop: int | None = None, *more:
     return weights(model), before
 
 
+@pytest.mark.slow
 def test_accumulated_and_resumed_runs_are_the_whole_one(given: dict[str, Any], tmp_path: Path) -> None:
     whole = trained(given, tmp_path / "a", save_every=2)[0]
     assert far(trained(given, tmp_path / "b", batch=4, accumulate=2)[0], whole) < 1e-5

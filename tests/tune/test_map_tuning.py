@@ -137,6 +137,7 @@ def test_only_the_map_moves_and_no_weight_of_the_model_has_a_gradient(base: str,
     assert far(dict(technique.plug.map.named_parameters()), dict(fresh.named_parameters())) > 1e-6
 
 
+@pytest.mark.slow
 def test_accumulated_and_resumed_runs_are_the_whole_one(bert: Path, given: dict[str, Any], tmp_path: Path) -> None:
     still = {"knobs": {"dropout": 0.0}}
     whole = weights(trained(bert, given, tmp_path / "a", **still)[1])

@@ -115,6 +115,7 @@ def is_absent_or_whole(to: Path, reference: dict[str, bytes]) -> None:
         assert Checkpoint(to).model().num_parameters() > 260_032
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_leaves_nothing_or_everything(stories: Path, tmp_path: Path, reference: dict[str, bytes]) -> None:
     times = []
     for i in range(2):

@@ -126,6 +126,7 @@ def test_full_tuning_learns_saves_and_loads(kind: str, dtype: str, base: Any, tm
     assert not still
 
 
+@pytest.mark.slow
 def test_a_tuned_encoder_decoder_gives_the_answers_it_was_taught(base: Any, tmp_path: Path) -> None:
     tuned("tune.full", "t5", tmp_path, base("t5"), epochs=40, schedule="linear")
     model, words = T.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "made").eval(), tokenizer_of("t5")
