@@ -1,8 +1,11 @@
 """Query of CC on the Cranfield collection: do questions and thoughts find more of a topic than its keywords, at equal volume?
 
 A topic is all documents that are judged relevant to a Cranfield query with a given word. Seeds are three keywords. The question and the
-thought for each were written once by a language model that saw the keywords and neither the collection nor its queries; they stand
-here as recorded answers. Each arm's documents are taken in the order of their best rank over the arm's queries, then of their scores.
+thought for each were written once by a language model, which had seen one document and one query of the collection (those that its
+description quotes) and may know it from its training; the words of the topics were chosen by how many queries hold them. A topic's word
+is also a seed, which favours the keywords. The answers stand here as recorded.
+
+Each arm's documents are taken in the order of their best rank over the arm's queries, then of their scores.
 Also: BM25 against the figures of bm25s with the same terms.
 """
 
@@ -160,7 +163,9 @@ def main() -> None:
         columns=["what", "arm", "recall in the first " + ", ".join(map(str, VOLUMES))],
         rows=rows,
         notes=[
-            "questions and thoughts were recorded from a language model that saw the keywords alone; one of each per seed",
+            "questions and thoughts were recorded from a language model, one of each per seed; it had seen the one query and the one "
+            "document that the collection's description quotes, and one thought (aeroelasticity) is close to that query",
+            "a topic is defined by a word that is also a seed, which favours the keywords",
             "nothing is drawn by chance, so there are no seeds to vary; topics stand for them",
         ],
     )
