@@ -113,6 +113,19 @@ class Tune:
     train: Train = knob(Train(), "how long and how fast")
 
 
+@dataclass(frozen=True)
+class Generator:
+    """Which model answers: an endpoint, a checkpoint, or recorded answers."""
+
+    url: str | None = knob(None, "the model that is asked: OpenAI-compatible endpoint, as in https://api.openai.com/v1 (extra: endpoint)")
+    model: str | None = knob(None, "name of the model at the endpoint")
+    endpoint: dict[str, Any] = knob({}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, body")
+    generator: str | None = knob(None, "the model that is asked: a checkpoint folder or hub id", path=True)
+    recorded: str | None = knob(None, "the model that is asked: recorded answers, rows of prompt and answer", path=True)
+    cache: str | None = knob(None, "file that keeps every answer; empty: in the step's folder", path=True)
+    batch: int = knob(8, "prompts per forward pass of a checkpoint", low=1)
+
+
 def number(value: Any) -> float:
     """3, "3e-4", "300k" and "1.5M" as a number."""
     if isinstance(value, bool):

@@ -16,12 +16,11 @@ has stop words alone. A dropped one leaves the old instruction in the pool; a ke
 from collections import Counter
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
 
 from modelwright.core.ask.desk import Desk
 from modelwright.core.ask.protocol import Answer, Prompt
 from modelwright.core.errors import UserError, did_you_mean
-from modelwright.core.knobs import Data, knob
+from modelwright.core.knobs import Data, Generator, knob
 from modelwright.core.step import EvalResult, StepContext
 from modelwright.curate.generators.eliminate import instruction_fault, response_fault
 from modelwright.curate.generators.replies import numbered, one_word
@@ -40,19 +39,12 @@ _FORM = "Write the new instruction under the heading ### Instruction, and nothin
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(Generator):
     data: Data = knob(Data(), "instructions: a table or hub dataset with instruction (and input or context)")
     rounds: int = knob(4, "rounds of evolution", low=1)
     operators: list[str] = knob(["constraint", "deepen", "concrete", "reasoning", "input", "breadth"], "operators to draw from")
     temperature: float = knob(1.0, "of the writer of instructions; responses and verdicts are greedy", low=0)
     max_tokens: int = knob(2048, "tokens of a reply, at most", low=1)
-    url: str | None = knob(None, "the generator: OpenAI-compatible endpoint (extra: endpoint)")
-    model: str | None = knob(None, "name of the model at the endpoint")
-    endpoint: dict[str, Any] = knob({}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, body")
-    generator: str | None = knob(None, "the generator: a checkpoint folder or hub id", path=True)
-    recorded: str | None = knob(None, "the generator: recorded answers, rows of prompt and answer", path=True)
-    cache: str | None = knob(None, "file that keeps every answer; empty: in the step's folder", path=True)
-    batch: int = knob(8, "prompts per forward pass of a checkpoint", low=1)
 
 
 def evol(knobs: Knobs, job: StepContext) -> EvalResult:

@@ -38,7 +38,7 @@ from modelwright.core.ask.desk import Counts, Desk, failures
 from modelwright.core.ask.kept import Kept
 from modelwright.core.data.read import iter_rows
 from modelwright.core.errors import UserError
-from modelwright.core.knobs import Data, knob
+from modelwright.core.knobs import Data, Generator, knob
 from modelwright.core.step import EvalResult, StepContext
 from modelwright.curate.generators.grade import Grade, Kind, grade, kind_of
 from modelwright.curate.generators.lessons import Asked, Lesson, Settings, teach
@@ -49,7 +49,7 @@ from modelwright.curate.generators.writers import open_writer
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(Generator):
     data: Data = knob(Data(), "graded tasks of a training split: a table of numbers, choices or code")
     strategy: Literal["le", "lec", "mimic", "random"] = knob("le", "what the instructor sees: error; error and contrast; question; any")
     sample_size: int = knob(3000, "samples to keep of each kind of task", low=1)
@@ -63,13 +63,6 @@ class Knobs:
     rounds: int = knob(3, "times that every wrong answer is asked about, at most", low=1)
     temperature: float = knob(0.8, "of the instructor", low=0)
     max_tokens: int = knob(4095, "tokens of an instructor's reply, at most", low=1)
-    url: str | None = knob(None, "the instructor: OpenAI-compatible endpoint, as in https://api.openai.com/v1 (extra: endpoint)")
-    model: str | None = knob(None, "name of the model at the endpoint")
-    endpoint: dict[str, Any] = knob({}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, body")
-    generator: str | None = knob(None, "the instructor: a checkpoint folder or hub id", path=True)
-    recorded: str | None = knob(None, "the instructor: recorded answers, rows of prompt and answer", path=True)
-    cache: str | None = knob(None, "file that keeps the instructor's answers; empty: in the step's folder", path=True)
-    batch: int = knob(8, "prompts per forward pass of a checkpoint", low=1)
     regrade: str | None = knob(None, "grade the recorded answers in a folder again, and do nothing else", path=True)
 
 

@@ -16,11 +16,11 @@ Every column stays. Kept rows get `verdict`, `verdict_text` and `judge`. The fil
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from modelwright.core.ask.protocol import Answer, Prompt
 from modelwright.core.errors import UserError
-from modelwright.core.knobs import Data, knob
+from modelwright.core.knobs import Data, Generator, knob
 from modelwright.core.step import EvalResult, StepContext
 from modelwright.curate.generators.grade import grade_number, last_number
 from modelwright.curate.generators.replies import one_word
@@ -29,19 +29,12 @@ from modelwright.curate.generators.writers import open_writer
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(Generator):
     data: Data = knob(Data(), "rows of instruction and response, or of messages; empty: the dataset of an earlier step")
     ask: Literal["yes_no", "score"] = knob("yes_no", "what the judge says")
     least: int = knob(7, "score from which a row is kept, of 10", low=1, high=10)
     verdict: Literal["text", "logits"] = knob("text", "read the reply, or the probabilities of yes and no")
     gold: str = knob("gold", "column of known answers; rows without it are only judged")
-    url: str | None = knob(None, "the judge: OpenAI-compatible endpoint (extra: endpoint)")
-    model: str | None = knob(None, "name of the model at the endpoint")
-    endpoint: dict[str, Any] = knob({}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, body")
-    generator: str | None = knob(None, "the judge: a checkpoint folder or hub id", path=True)
-    recorded: str | None = knob(None, "the judge: recorded answers, rows of prompt and answer", path=True)
-    cache: str | None = knob(None, "file that keeps every answer; empty: in the step's folder", path=True)
-    batch: int = knob(8, "prompts per forward pass of a checkpoint", low=1)
 
 
 _SCORES = tuple(str(n) for n in range(1, 11))

@@ -16,13 +16,12 @@ Rows say their scheme (lamini examples, lamini topics), their generator and the 
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
 
 from modelwright.core.ask.desk import Desk
 from modelwright.core.ask.protocol import Prompt
 from modelwright.core.data.tables import records
 from modelwright.core.errors import UserError
-from modelwright.core.knobs import Data, knob
+from modelwright.core.knobs import Data, Generator, knob
 from modelwright.core.step import EvalResult, StepContext
 from modelwright.curate.generators.eliminate import instruction_fault, response_fault
 from modelwright.curate.generators.overlap import Seen
@@ -32,7 +31,7 @@ from modelwright.curate.generators.writers import open_writer
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(Generator):
     data: Data = knob(Data(), "seed instructions: a table or hub dataset with instruction (and input or context)")
     topics: str | None = knob(None, "topics: a text file, one a line, or a table with topic and perhaps subcategories", path=True)
     size: int = knob(1000, "instructions to make", low=1)
@@ -43,13 +42,6 @@ class Knobs:
     rounds: int = knob(3, "times that the missing instructions are asked for, at most", low=1)
     temperature: float = knob(1.0, "of the writer of instructions; responses are greedy", low=0)
     max_tokens: int = knob(2048, "tokens of a reply, at most", low=1)
-    url: str | None = knob(None, "the generator: OpenAI-compatible endpoint (extra: endpoint)")
-    model: str | None = knob(None, "name of the model at the endpoint")
-    endpoint: dict[str, Any] = knob({}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, body")
-    generator: str | None = knob(None, "the generator: a checkpoint folder or hub id", path=True)
-    recorded: str | None = knob(None, "the generator: recorded answers, rows of prompt and answer", path=True)
-    cache: str | None = knob(None, "file that keeps every answer; empty: in the step's folder", path=True)
-    batch: int = knob(8, "prompts per forward pass of a checkpoint", low=1)
 
 
 @dataclass(frozen=True)

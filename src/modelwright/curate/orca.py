@@ -12,11 +12,10 @@ choice to the messages of that part; without it all sixteen are drawn from. The 
 
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
 
 from modelwright.core.ask.protocol import Prompt
 from modelwright.core.errors import UserError
-from modelwright.core.knobs import Data, knob
+from modelwright.core.knobs import Data, Generator, knob
 from modelwright.core.step import EvalResult, StepContext
 from modelwright.curate.generators.eliminate import response_fault
 from modelwright.curate.generators.rows import Harvest, Row, read_rows
@@ -49,20 +48,13 @@ PARTS = {  # which messages go with which part of FLAN: a reconstruction
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(Generator):
     data: Data = knob(Data(), "questions: a table or hub dataset with instruction, question or inputs; and gold answers, collections")
     messages: int = knob(1, "system messages per question", low=1, high=16)
     gold: str = knob("", "column of the gold answer; empty: target, targets, gold, answer or response, whichever is there")
     collection: str = knob("collection", "column that says cot, niv2, t0 or flan2021")
     temperature: float = knob(0.0, "of the generator", low=0)
     max_tokens: int = knob(1024, "tokens of a response, at most", low=1)
-    url: str | None = knob(None, "the generator: OpenAI-compatible endpoint (extra: endpoint)")
-    model: str | None = knob(None, "name of the model at the endpoint")
-    endpoint: dict[str, Any] = knob({}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, body")
-    generator: str | None = knob(None, "the generator: a checkpoint folder or hub id", path=True)
-    recorded: str | None = knob(None, "the generator: recorded answers, rows of prompt and answer", path=True)
-    cache: str | None = knob(None, "file that keeps every answer; empty: in the step's folder", path=True)
-    batch: int = knob(8, "prompts per forward pass of a checkpoint", low=1)
 
 
 _GOLD = ("target", "targets", "gold", "answer", "response", "output")

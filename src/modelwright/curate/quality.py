@@ -20,6 +20,7 @@ Examples on both sides of the limit are shown. The trained learner is not saved:
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ import numpy as np
 
 from modelwright.core.errors import UserError, did_you_mean, short
 from modelwright.core.knobs import Data, knob
+from modelwright.core.numbers import learners
 from modelwright.core.step import EvalResult
 from modelwright.curate.kernels.documents import PLACE, Sink, Source
 from modelwright.curate.kernels.features import features
-from modelwright.curate.kernels.learner import classifier
 from modelwright.curate.safety import Classifier
 
+_PLACES = ("ensemble", "linear_model", "naive_bayes", "neighbors", "neural_network", "tree", "svm", "gaussian_process", "dummy")
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.59, 0.7, 0.8, 0.9)
 GOOD = ("1", "true", "good", "high", "yes")
 FOLDS = 5
@@ -108,9 +110,17 @@ def read_labelled(knobs: Knobs) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(parts), y
 
 
+def _classifier(name: str, settings: dict[str, Any], seed: int) -> Callable[[], Any]:
+    """A maker of fresh classifiers with probabilities: the name of one in scikit-learn, or module:Class."""
+    kind = learners.found(name, _PLACES, "quality")
+    if not hasattr(kind, "predict_proba") or not hasattr(kind, "fit"):
+        raise UserError(f"'{name}' is no classifier with probabilities", how="write a name such as HistGradientBoostingClassifier")
+    return learners.fresh(kind, name, settings, seed)
+
+
 def learn(knobs: Knobs, seed: int) -> tuple[Any, dict[str, Any]]:
     """The learner, fitted, and what it is worth: its scores of texts that it did not see."""
-    make = classifier(knobs.learner, knobs.settings, seed)
+    make = _classifier(knobs.learner, knobs.settings, seed)
     x, y = read_labelled(knobs)
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedKFold

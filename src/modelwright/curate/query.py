@@ -32,7 +32,7 @@ from typing import Any
 
 from modelwright.core.ask.desk import Desk
 from modelwright.core.errors import UserError
-from modelwright.core.knobs import Data, build, knob
+from modelwright.core.knobs import Data, Generator, build, knob
 from modelwright.core.step import EvalResult, StepContext
 from modelwright.curate import dedup
 from modelwright.curate.generators.writers import open_writer
@@ -47,7 +47,7 @@ COLUMN = "found"  # says how a document was found
 
 
 @dataclass(frozen=True)
-class Knobs:
+class Knobs(Generator):
     data: Data = knob(Data(), "the corpus: jsonl, jsonl.gz, parquet, csv, text, or a folder of them; every column is kept")
     seeds: list[str] = knob([], "words, questions or passages to start from")
     seed_file: str = knob("", "more seeds: a text file, one a line, or a table with seed and perhaps domain", path=True)
@@ -63,13 +63,6 @@ class Knobs:
     b: float = knob(0.75, "BM25: how much longer documents lose", low=0, high=1)
     terms: int = knob(64, "terms of a query that count, the rarest ones", low=1)
     shard: int = knob(50_000_000, "characters of text in one part of the index; no result depends on it", low=1)
-    url: str | None = knob(None, "the generator: OpenAI-compatible endpoint (extra: endpoint)")
-    model: str | None = knob(None, "name of the model at the endpoint")
-    endpoint: dict[str, Any] = knob({}, "key (environment variable), timeout, retries, backoff, rate, workers, price_in, price_out, body")
-    generator: str | None = knob(None, "the generator: a checkpoint folder or hub id", path=True)
-    recorded: str | None = knob(None, "the generator: recorded answers, rows of prompt and answer", path=True)
-    cache: str | None = knob(None, "file that keeps every answer; empty: in the step's folder", path=True)
-    batch: int = knob(8, "prompts per forward pass of a checkpoint", low=1)
     temperature: float = knob(0.8, "of the generator", low=0)
     max_tokens: int = knob(512, "tokens of a reply, at most", low=1)
     evaluation: dict[str, Any] = knob({}, "evaluation sets whose text is taken out, as name: FILE or hub id")

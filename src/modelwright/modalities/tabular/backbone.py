@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from modelwright.core.errors import UserError, did_you_mean, short
+from modelwright.core.errors import UserError, short
+from modelwright.core.numbers import learners
 from modelwright.modalities.tabular.columns import Columns
 
 DEFAULT = "HistGradientBoosting"
@@ -31,11 +32,7 @@ def maker(name: str, task: str, settings: dict[str, Any]) -> Callable[[], Any]:
         raise UserError(
             f"backbone={name} is unknown", f"no {stem}{ending} was found", f"write {DEFAULT}, RandomForest, MLP, LGBM or module:Stem"
         )
-    known = kind().get_params()
-    usual = {"random_state": 0} if "random_state" in known else {}
-    if unknown := sorted(set(settings) - set(known)):
-        raise UserError(f"{stem}{ending} has no setting '{unknown[0]}'", how=did_you_mean(unknown[0], known))
-    return lambda: kind(**(usual | settings))
+    return learners.fresh(kind, stem + ending, settings)
 
 
 def task_of(values: list[Any]) -> str:
