@@ -57,7 +57,7 @@ class ScoredTraces(Outputs):
 class TracedPairs(Objective):
     """Cross-entropy of the traces; the ranking loss is a further term."""
 
-    kind, name = "ranked", "traced pairs"
+    kind, name, unit = "ranked", "traced pairs", "nats per pair"
 
     def install(self, model: Any) -> None:
         core = model.get_base_model() if hasattr(model, "get_base_model") else model

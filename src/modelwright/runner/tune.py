@@ -87,6 +87,7 @@ def train(
     )
     entry = _entry(outcome, rows)
     entry["plots"] = [p for t in techniques for p in t.plots()]
+    entry["unit"] = objective.unit
     entry["promise"] = "trained" if all(t.same_kind for t in techniques) else "another kind of model"
     if objective.kind == "causal" and tokenizer is not None:
         entry["prompts"] = _prompts(next(iter(evals.values()), rows))

@@ -85,7 +85,7 @@ class DifferentiableHead(ChunkedHead):
 class Preferences(Objective):
     """The loss of pairs, each beside the reference's log-probabilities."""
 
-    kind, name = "ranked", "preferences"
+    kind, name, unit = "ranked", "preferences", "loss per pair"
 
     def __init__(self, model: Any, tokenizer: Any, seed: int, knobs: Knobs):
         super().__init__(model, tokenizer, seed)

@@ -181,3 +181,12 @@ def test_a_browser_lays_it_out_without_overflow_or_errors(page: Path, width: int
     assert title, done.stderr[-500:]
     seen = json.loads(title[1])
     assert seen == {"over": 0, "svgs": [True, True, True]}
+
+
+def test_held_out_losses_stand_in_the_unit_of_their_objective_with_its_further_measures() -> None:
+    evals = [{"step": s, "name": "pairs", "loss": 1.0 / (1 + s), "accuracy": 0.5 + s / 4, "tokens": 5} for s in (0, 1)]
+    report = Report("r")
+    report.step({"step": "reward.train", "evals": evals, "unit": "nats per pair"})
+    table = next(t for t in report.sections[0].tables if t["title"].startswith("Held-out"))
+    assert table["title"] == "Held-out text, nats per pair"
+    assert table["rows"] == [["pairs", "1.0000", "0.5000"], ["pairs: accuracy", "0.5000", "0.7500"]]

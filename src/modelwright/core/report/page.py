@@ -55,7 +55,7 @@ class Report:
         if log := entry.get("log"):
             s.plots.append(_curves(log))
         if evals := entry.get("evals"):
-            _evaluations(s, evals)
+            _evaluations(s, evals, entry.get("unit", "nats per token"))
         if notes := entry.get("notes"):
             s.tables.append({"title": "Notes", "columns": ["", ""], "rows": [["", n] for n in notes], "plain": True})
         for i, line in enumerate(entry.get("liveness", [])):
@@ -116,13 +116,17 @@ def _curves(log: list[dict[str, Any]]) -> dict[str, Any]:
     return {"kind": "panels", "title": "Training", "plots": [one(title, key) for title, key in shown]}
 
 
-def _evaluations(s: "Section", evals: list[dict[str, Any]]) -> None:
+def _evaluations(s: "Section", evals: list[dict[str, Any]], unit: str) -> None:
+    """The loss in its unit, or bits per byte where they are known; further measures of the objective in rows of their own."""
     names = list(dict.fromkeys(e["name"] for e in evals))
-    key, unit = ("bits_per_byte", "bits per byte") if all("bits_per_byte" in e for e in evals) else ("loss", "nats per token")
+    key, unit = ("bits_per_byte", "bits per byte") if all("bits_per_byte" in e for e in evals) else ("loss", unit)
     series = {n: [[e["step"], e[key]] for e in evals if e["name"] == n] for n in names}
     s.plots.append({"kind": "line", "title": "Held-out text while training", "x": "step", "y": unit, "series": series})
-    ends = {n: [e[key] for e in evals if e["name"] == n] for n in names}
-    rows = [[n, f"{v[0]:.4f}", f"{v[-1]:.4f}"] for n, v in ends.items()]
+    rows = []
+    for n in names:
+        first, *_, last = [e for e in evals if e["name"] == n] * 2
+        more = [k for k in first if k not in ("step", "name", "loss", "tokens", "bits_per_byte")]
+        rows += [[n if k == key else f"{n}: {k}", f"{first[k]:.4f}", f"{last[k]:.4f}"] for k in (key, *more)]
     s.tables.append({"title": f"Held-out text, {unit}", "columns": ["text", "start", "end"], "rows": rows})
 
 

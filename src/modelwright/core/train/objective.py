@@ -36,6 +36,7 @@ class Objective(ABC):
 
     kind: Kind
     name: str
+    unit = "nats per token"  # of its loss
     whole_logits = False
 
     def __init__(self, model: Any, tokenizer: Any = None, seed: int = 0, mask_share: float = 0.15):
@@ -189,7 +190,7 @@ class PairsOfTexts(Objective):
 class RankedPairs(Objective):
     """A reward model: -log sigmoid(r(chosen) - r(rejected)) (Bradley-Terry, as in 2203.02155); one loss a pair."""
 
-    kind, name = "ranked", "ranked pairs"
+    kind, name, unit = "ranked", "ranked pairs", "nats per pair"
 
     def install(self, model: Any) -> None:
         self._pad = model.config.pad_token_id

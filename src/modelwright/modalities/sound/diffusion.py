@@ -151,7 +151,7 @@ class Diffusion(Objective):
     """Mean over a clip of |v_theta(z_t, t, y) - v|^2, t uniform; the text is dropped with probability `drop`. Times, noise and drops are
     drawn by the seed, the step and the clip alone."""
 
-    kind, name = "causal", "v-diffusion"
+    kind, name, unit = "causal", "v-diffusion", "mean squared error"
 
     def __init__(self, model: Any, seed: int = 0, drop: float = 0.15):
         super().__init__(model, None, seed)

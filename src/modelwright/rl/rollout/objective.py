@@ -46,7 +46,7 @@ def value_losses(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> T
 class PpoObjective(NextToken):
     """Roll-outs in the place of the prompts that the loop hands over, and PPO's losses of them."""
 
-    name = "ppo"
+    name, unit = "ppo", "KL divergence from the reference, nats per token"
 
     def __init__(self, model: Any, tokenizer: Any, seed: int, technique: Any):
         super().__init__(model, tokenizer, seed)

@@ -37,7 +37,7 @@ class ChoiceScores(Objective):
     story: the one answer given is learnt token by token instead.
     """
 
-    kind, name = "pairs", "choices"
+    kind, name, unit = "pairs", "choices", "nats per question"
 
     def __init__(self, model: Any, tokenizer: Any, *, rationale: bool, bottleneck: bool, absent: bool = False, story: bool = False):
         super().__init__(model, tokenizer)
