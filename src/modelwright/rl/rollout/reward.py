@@ -56,7 +56,9 @@ class Reward:
     def __init__(self, folder: str | None, name: str | None, tokenizer: Any):
         if bool(folder) == bool(name):
             raise UserError(
-                "one reward is needed", f"{'both' if folder else 'neither'} of reward and reward_function were given", "give one"
+                "one reward is needed",
+                "reward and reward_function are both given" if folder else "neither reward nor reward_function is given",
+                "give one",
             )
         self.tokenizer, self.folder, self.name = tokenizer, folder, str(folder or name)
         self.model: Any = None
